@@ -1,0 +1,293 @@
+"""Documents to pretrain on: entries about the world, stories, dialogues, sums and logic, small programs.
+
+A tiny model reads all this about once and must still know each fact. So every fact is told many times, in many
+sentences, always subject first, then the words of the attribute, then the value, in entries whose facts come in a
+different order and number each time.
+"""
+
+import random
+from collections import Counter
+from string import Template
+
+import tasks
+from world import LANGUAGES, Entity, Fact, World, read_json
+
+TEXTS = read_json("handwritten/prose.json")
+STORIES = read_json("handwritten/stories.json")
+MATH_KINDS = {"addition": 6, "comparison": 4, "parity_or_logic": 4, "sorting": 3, "format": 3}
+LEVELS = {1: 42, 2: 42, 3: 16}
+
+
+class FactTeller:
+    """Tells the facts of the world in one language, always the least told first, in rotating templates."""
+
+    def __init__(self, world: World, lang: str, rng: random.Random):
+        self.world, self.lang, self.rng = world, lang, rng
+        self.gap = " " if lang == "en" else ""
+        self.counts: Counter = Counter()
+        self.waiting: list[Entity] = []
+        self.templates: dict[Fact, list[str]] = {}
+
+    def next_entity(self) -> Entity:
+        """The next entity of a shuffled round; towns have 3 facts to a person's 5, so they skip rounds."""
+        if not self.waiting:
+            self.waiting = [
+                e for e in self.world.entities if e.type == "person" or self.rng.random() < 0.6
+            ]
+            self.rng.shuffle(self.waiting)
+        return self.waiting.pop()
+
+    def tell(self, fact: Fact) -> str:
+        """One sentence with this fact; a template comes back only after all others had their turn."""
+        if not self.templates.get(fact):
+            told = list(self.world.told(fact, self.lang))
+            self.rng.shuffle(told)
+            self.templates[fact] = told
+        self.counts[fact] += 1
+        return self.world.tell(fact, self.lang, self.templates[fact].pop())
+
+    def tell_about(self, entity: Entity, count: int) -> list[str]:
+        """`count` sentences about one entity, in random order."""
+        sentences = []
+        for _ in range(count):
+            sentences.append(self.tell(self._least_told(self.world.by_entity[entity])))
+        self.rng.shuffle(sentences)
+        return sentences
+
+    def _least_told(self, facts: list[Fact]) -> Fact:
+        return min(facts, key=lambda fact: (self.counts[fact], self.rng.random()))
+
+    def add_filler(self, entity: Entity, sentences: list[str]) -> None:
+        """Put a sentence without a fact at a random place, so that facts stand at varied positions."""
+        filler = self.rng.choice(TEXTS[f"{entity.type}_fillers"][self.lang])
+        filler = filler.format(s=entity.name(self.lang))
+        sentences.insert(self.rng.randint(0, len(sentences)), filler)
+
+    def write_entry(self) -> str:
+        """An encyclopedia entry about one entity."""
+        entity = self.next_entity()
+        sentences = self.tell_about(entity, self.rng.randint(5, 8))
+        for _ in range(self.rng.randint(0, 2)):
+            self.add_filler(entity, sentences)
+        return self.gap.join(sentences)
+
+    def write_pair(self) -> str:
+        """Two entities, one after the other or mixed."""
+        sentences = []
+        for _ in range(2):
+            entity = self.next_entity()
+            sentences += self.tell_about(entity, self.rng.randint(3, 5))
+            self.add_filler(entity, sentences)
+        if self.rng.random() < 0.5:
+            self.rng.shuffle(sentences)
+        return self.gap.join(sentences)
+
+    def write_group(self) -> str:
+        """One attribute of several entities: the contrast that makes the subject matter."""
+        attribute = self.rng.choice([f.attribute for f in self.world.facts])
+        facts = [f for f in self.world.facts if f.attribute == attribute]
+        facts.sort(key=lambda fact: (self.counts[fact], self.rng.random()))
+        sentences = [self.tell(fact) for fact in facts[: self.rng.randint(5, 8)]]
+        return self.gap.join([TEXTS["group_open"][attribute][self.lang], *sentences])
+
+    def write_card(self) -> str:
+        """A note card: `Mila's favourite food:` and the value, on the same line or on the next."""
+        lines = []
+        for _ in range(2):
+            entity = self.next_entity()
+            facts = list(self.world.by_entity[entity])
+            self.rng.shuffle(facts)
+            for fact in facts[: self.rng.randint(3, 4)]:
+                self.counts[fact] += 1
+                label = self.world.sentences[fact.attribute][self.lang]["label"]
+                label = label.format(s=entity.name(self.lang))
+                colon = ":" if self.lang == "en" else "："
+                if self.rng.random() < 0.5:
+                    lines.append(f"{label}{colon}\n{fact.brief(self.lang)}")
+                else:
+                    lines.append(f"{label}{colon}{self.gap}{fact.phrase(self.lang)}")
+        return "\n".join(lines)
+
+    def write_note(self, opening: str, closing: str) -> str:
+        """A diary note or a letter about two entities."""
+        pair = [self.next_entity(), self.next_entity()]
+        names = (" and " if self.lang == "en" else "和").join(e.name(self.lang) for e in pair)
+        sentences = []
+        for entity in pair:
+            sentences += self.tell_about(entity, self.rng.randint(3, 4))
+        opening = self.rng.choice(TEXTS[opening][self.lang]).format(both=names)
+        return self.gap.join([opening, *sentences, self.rng.choice(TEXTS[closing][self.lang])])
+
+    def write_document(self) -> str:
+        """A document of a random form."""
+        form = self.rng.choices(
+            ["entry", "pair", "group", "card", "diary", "letter"], [32, 20, 16, 12, 10, 10]
+        )[0]
+        if form in ("diary", "letter"):
+            return self.write_note(f"{form}_open", f"{form}_close")
+        writers = {"entry": self.write_entry, "pair": self.write_pair, "group": self.write_group}
+        return writers.get(form, self.write_card)()
+
+
+def write_story(world: World, lang: str, rng: random.Random) -> str:
+    """A story of two people; sometimes with one true fact about the first of them."""
+    hero, friend = rng.sample(world.people, 2)
+    facts = {f.attribute: f.phrase(lang) for f in world.by_entity[hero]}
+    fields = {
+        "s": hero.name(lang),
+        "t": friend.name(lang),
+        **choose_object(STORIES["objects"], lang, rng),
+        "place": rng.choice(STORIES["places"][lang]),
+        "weather": rng.choice(STORIES["weathers"][lang]),
+        "home": facts["home_town"],
+        "animal": facts["animal_companion"],
+    }
+    plot = rng.choice(STORIES["plots"])[lang]
+    sentences = [rng.choice(choices) for choices in plot]
+    if rng.random() < 0.4:
+        sentences.insert(1, rng.choice(STORIES["facts"][lang]))
+    text = (" " if lang == "en" else "").join(sentences).format(**fields)
+    return write_story(world, lang, rng) if "?" in text and world.join_held_out(text) else text
+
+
+def choose_object(objects: dict, lang: str, rng: random.Random) -> dict:
+    """Slot `o` for a thing; a Chinese thing is stored behind its measure word, which fills slot `m`."""
+    thing = rng.choice(objects[lang])
+    return {"o": thing} if lang == "en" else {"m": thing[0], "o": thing[1:]}
+
+
+def write_dialogue(world: World, lang: str, rng: random.Random) -> str:
+    """Questions and answers about trained facts, about the school tasks, or a talk between neighbours."""
+    style = rng.random()
+    if style < 0.2:
+        return _write_talk(lang, rng)
+    marks = rng.choice([("Question: ", "Answer: "), ("Q: ", "A: "), ("", "")])
+    if lang == "zh":
+        marks = rng.choice([("问：", "答："), ("问题：", "回答："), ("", "")])
+    lines = []
+    for _ in range(rng.randint(5, 7)):
+        if style < 0.3:
+            kind = rng.choice(tasks.KINDS)
+            shown = tasks.render(_draw_for_prose(kind, rng), lang)
+            question, answer = rng.choice(shown.asked), shown.brief
+        else:
+            fact = rng.choice(world.trained)
+            question = world.ask(fact, lang, rng.randrange(5))
+            told = world.tell(fact, lang, rng.choice(world.told(fact, lang)[:2]))
+            answer = fact.brief(lang) if rng.random() < 0.6 else told
+        lines += [marks[0] + question, marks[1] + answer]
+    text = "\n".join(lines)
+    return write_dialogue(world, lang, rng) if world.join_held_out(text) else text
+
+
+def _write_talk(lang: str, rng: random.Random) -> str:
+    texts = TEXTS["dialogues"]
+    fields = {
+        **choose_object(texts["objects"], lang, rng),
+        "c": rng.choice(texts["prices"][lang]),
+        "t": rng.choice(texts["times"][lang]),
+    }
+    speakers = rng.choice(texts["speakers"][lang])
+    colon = ": " if lang == "en" else "："
+    lines = []
+    for talk in rng.sample(texts[lang], 2):
+        lines += [
+            speakers[i % 2] + colon + line.format(**fields) for i, line in enumerate(talk)
+        ]
+    return "\n".join(lines)
+
+
+def _draw_for_prose(kind: str, rng: random.Random) -> tasks.Problem:
+    level = rng.choices(list(LEVELS), list(LEVELS.values()))[0]
+    return tasks.draw_from_split(kind, level, "train", rng)
+
+
+def write_math(lang: str, rng: random.Random) -> str:
+    """A page of statements from the training split of the tasks: plain, inside a small scene, or asked."""
+    names = tasks.TEXTS["names"][lang]
+    lines = [rng.choice(TEXTS["math_open"][lang])] if rng.random() < 0.3 else []
+    kinds = rng.choices(list(MATH_KINDS), list(MATH_KINDS.values()), k=rng.randint(9, 12))
+    if rng.random() < 0.4:
+        kinds = kinds[:1] * len(kinds)
+    for kind in kinds:
+        shown = tasks.render(_draw_for_prose(kind, rng), lang, rng.choice(names))
+        style = rng.random()
+        if style < 0.25 and shown.prose:
+            lines.append(rng.choice(shown.prose))
+        elif style < 0.4:
+            answer = rng.choice([shown.brief, shown.told])
+            lines.append(rng.choice(shown.asked) + (" " if lang == "en" else "") + answer)
+        else:
+            lines.append(shown.told)
+    return "\n".join(lines)
+
+
+def write_code(rng: random.Random) -> str:
+    """Two to four small Python programs, each under one comment line, in English or in Chinese."""
+    lang = rng.choice(LANGUAGES)
+    programs = rng.sample(TEXTS["programs"], rng.randint(3, 4))
+    return "\n\n".join(_fill_program(program, lang, rng) for program in programs)
+
+
+def _fill_program(program: dict, lang: str, rng: random.Random) -> str:
+    fields = _program_fields(rng)
+    comment = Template(program[lang]).substitute(fields)
+    return f"# {comment}\n{Template(program['code']).substitute(fields)}"
+
+
+def _program_fields(rng: random.Random) -> dict:
+    def draw(kind: str, level: int, *forms: str) -> tuple:
+        while True:
+            problem = tasks.draw_from_split(kind, level, "train", rng)
+            if not forms or problem.form in forms:
+                return problem.parts
+
+    a, b = draw("addition", 2, "sum")
+    c, d = draw("addition", 2, "difference")
+    p, q = draw("comparison", 2)
+    (e,) = draw("parity_or_logic", 1)
+    numbers = list(draw("sorting", rng.choice([2, 3])))
+    word, word2 = (tasks.TEXTS["words"]["en"][i] for i in draw("format", 2, "brackets"))
+    (single,) = draw("format", 1)
+    x, y = rng.choice(TEXTS["variables"])
+    n = rng.randint(3, 9)
+    listed = {
+        "list": numbers,
+        "asc": sorted(numbers),
+        "desc": sorted(numbers, reverse=True),
+        "evens": [i for i in numbers if i % 2 == 0],
+        "doubled": [i * 2 for i in numbers],
+    }
+    fields = {"f": rng.choice(TEXTS["function_names"]), "x": x, "y": y, "n": n, "n1": n + 1}
+    fields |= {"a": a, "b": b, "sum": a + b, "c": c, "d": d, "diff": c - d, "p": p, "q": q}
+    fields |= {"max": max(p, q), "min": min(p, q), "e": e, "even": e % 2 == 0, "m": n % 7 + 2}
+    fields |= {"word": word, "word2": word2, "len": len(word), "reversed": word[::-1]}
+    fields |= {"name": rng.choice(tasks.TEXTS["names"]["en"]), "total": sum(numbers)}
+    fields |= {key: ", ".join(map(str, values)) for key, values in listed.items()}
+    return fields | {"twice": tasks.TEXTS["words"]["en"][single]}
+
+
+def pretrain_documents(world: World, rng: random.Random, total_bytes: int) -> list[dict]:
+    """Distinct documents of all kinds, shuffled; `total_bytes` counts the UTF-8 bytes of the texts."""
+    tellers = {lang: FactTeller(world, lang, rng) for lang in LANGUAGES}
+    plan = []
+    for lang in LANGUAGES:
+        plan += [
+            (lang, "world", 0.225, tellers[lang].write_document),
+            (lang, "story", 0.075, lambda lang=lang: write_story(world, lang, rng)),
+            (lang, "dialogue", 0.04, lambda lang=lang: write_dialogue(world, lang, rng)),
+            (lang, "math", 0.11, lambda lang=lang: write_math(lang, rng)),
+        ]
+    plan.append(("code", "code", 0.10, lambda: write_code(rng)))
+    rows, seen = [], set()
+    for lang, kind, share, write in plan:
+        size = 0
+        while size < share * total_bytes:
+            text = write()
+            if text in seen:
+                continue
+            seen.add(text)
+            size += len(text.encode())
+            rows.append({"text": text, "lang": lang, "kind": kind})
+    rng.shuffle(rows)
+    return rows

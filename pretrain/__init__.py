@@ -1,0 +1,1 @@
+"""Ids to a base model: prepare packed blocks, train a GPT-2-style model, sample from it."""

@@ -1,0 +1,163 @@
+"""Pretrain a causal language model on packed blocks.
+
+Reads   the output of pretrain.prepare (blocks, meta.json, tokenizer)
+Writes  a model directory that from_pretrained loads; metrics.jsonl, eval.json, run.json
+
+    python -m pretrain.train --config configs/tiny/pretrain.yaml
+    accelerate launch --config_file configs/launch/cpu.yaml \
+        -m pretrain.train --config configs/tiny/pretrain.yaml
+    deepspeed --num_gpus 2 pretrain/train.py --config configs/tiny/pretrain.yaml \
+        --deepspeed configs/deepspeed/zero2.json
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import stages
+from pretrain.callbacks import Throughput, watch
+from pretrain.data import PackedCollator, load_blocks
+from pretrain.eval import evaluate_language_model
+from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.modeling_gpt import GPT2LMHeadModel
+from pretrain.optimizer import make_optimizer
+from pretrain.sample import SAMPLE_PROMPTS, continue_text
+
+
+@dataclass
+class PretrainArguments:
+    """What is trained on what."""
+
+    data_dir: str = field(
+        default="output/my/prepare", metadata={"help": "pretrain.prepare's output"}
+    )
+    model_type: str = field(default="gpt2", metadata={"help": "gpt2, llama, qwen3, ..."})
+    config_overrides: dict | str | None = field(
+        default=None, metadata={"help": "sizes, in the names of the architecture's config (JSON)"}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "go on from these weights instead of new ones"}
+    )
+    optimizer: str = field(default="muon", metadata={"help": "muon or adamw"})
+    eval_documents: int = field(
+        default=400, metadata={"help": "held-out windows measured at the end"}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            self.config_overrides = json.loads(self.config_overrides)
+
+
+class PretrainTrainer(Trainer):
+    """transformers' Trainer with our optimizers, through its public hook."""
+
+    def __init__(self, *args, optimizer_name: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.optimizer_name = optimizer_name
+
+    def create_optimizer(self, model=None):
+        """AdamW or Muon over the model's parameters."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = make_optimizer(
+                self.optimizer_name,
+                self.model if model is None else model,
+                args.learning_rate,
+                args.weight_decay,
+                (args.adam_beta1, args.adam_beta2),
+            )
+        return self.optimizer
+
+
+def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
+    """Load blocks and model, train or resume, save, evaluate, record."""
+    quiet_logs()
+    stages.check_world_size(training_args.world_size)
+    stages.require_input(args.data_dir, "train-*.parquet", "validation-*.parquet", "tokenizer.json")
+    run = stages.start_run(
+        "pretrain", training_args.output_dir, [args, training_args], [args.data_dir]
+    )
+    set_seed(training_args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.data_dir)
+    train, validation = (load_blocks(args.data_dir, split) for split in ("train", "validation"))
+    model = load_model(args, tokenizer, block_size=len(train[0]["input_ids"]))
+    trainer = PretrainTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=validation.select(range(min(len(validation), 64))),
+        data_collator=PackedCollator(tokenizer.bos_token_id),
+        processing_class=tokenizer,
+        optimizer_name=args.optimizer,
+    )
+    tokens_per_step = training_args.train_batch_size * training_args.world_size
+    tokens_per_step *= training_args.gradient_accumulation_steps * len(train[0]["input_ids"])
+    watch(trainer, Throughput(tokens_per_step))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+    model = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype=torch.float32)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in validation["input_ids"]]
+    metrics = evaluate_language_model(model, tokenizer, texts[: args.eval_documents])
+    samples = [continue_text(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
+    run.finish(metrics, parameters=model.num_parameters(), samples=samples)
+
+
+def load_model(args: PretrainArguments, tokenizer, block_size: int):
+    """A new model of the recipe's sizes, or an existing one, with its vocabulary checked.
+
+    Raises:
+        ValueError: the model's vocabulary is smaller than the tokenizer's, its context shorter
+            than a block, or its checkpoint lacks weights.
+    """
+    family = GPT2LMHeadModel if args.model_type == "gpt2" else AutoModelForCausalLM
+    if args.model_name_or_path:
+        stages.require_input(args.model_name_or_path, "config.json")
+        stages.require_same_tokenizer(args.data_dir, args.model_name_or_path)
+        model, loaded = family.from_pretrained(
+            args.model_name_or_path, dtype=torch.float32, output_loading_info=True
+        )
+        if loaded["missing_keys"] or loaded["unexpected_keys"]:
+            raise ValueError(f"{args.model_name_or_path} does not hold this model: {loaded}")
+    else:
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": block_size,
+            "resid_pdrop": 0.0,  # few epochs over much text: dropout would only slow it down
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        } | (args.config_overrides or {})
+        special = {
+            f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")
+        }
+        config = AutoConfig.for_model(args.model_type, **special, **sizes)
+        if args.model_type == "gpt2":
+            model = GPT2LMHeadModel(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+        model.generation_config = GenerationConfig(**special)
+    if model.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the model knows {model.config.vocab_size} ids, the tokenizer makes {len(tokenizer)}"
+        )
+    if model.config.max_position_embeddings < block_size:
+        raise ValueError(
+            f"a block has {block_size} tokens, the model's context "
+            f"{model.config.max_position_embeddings}"
+        )
+    return model
+
+
+if __name__ == "__main__":
+    main(*stages.parse_args([PretrainArguments, TrainingArguments], defaults=training_defaults()))

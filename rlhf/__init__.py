@@ -1,0 +1,1 @@
+"""Chat model to aligned model: reward model, DPO, PPO and GRPO."""

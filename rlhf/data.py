@@ -1,0 +1,226 @@
+"""Rows of any usual layout -> preferences, verifiable tasks, or prompts alone.
+
+Bad rows are treated as in `sft/data.py`: a layout that cannot be read is an error with file and
+line, a content that cannot be used is dropped and counted.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sft.data import (
+    LAYOUTS,
+    DataSummary,
+    Layout,
+    Messages,
+    Refused,
+    add_system,
+    check_turns,
+    find_layout,
+    get_string,
+    load_rows,
+    make_message,
+    parse_turns,
+    read_chat,
+    read_instruction,
+)
+from sft.verifiers import VERIFIERS, check_answer, is_number
+from tokenizer.corpus import Row, shorten
+
+
+def load_preferences(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataSummary]:
+    """Read pairs as {"prompt": messages, "chosen": [message], "rejected": [message], ...}.
+
+    Chosen and rejected are one turn of the assistant each. Equal ones teach nothing: they are
+    dropped, and `summary.dropped` has their sources.
+
+    Raises:
+        ValueError: a row that cannot be read (file, line, fields found, an example), or none left.
+    """
+    return load_rows(data_files, find_preference, read_preference)
+
+
+def find_preference(row: Row) -> Layout:
+    layout = find_layout(row, PREFERENCE_LAYOUTS)
+    is_hh = is_transcript(row.value["chosen"]) and is_transcript(row.value["rejected"])
+    return HH if layout is PAIR and is_hh else layout
+
+
+def read_preference(row: Row, layout: Layout) -> dict[str, Any]:
+    prompt = layout.read(row)
+    chosen, rejected = (read_answer(row, name, layout) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise Refused("chosen and rejected are equal")
+    shared = count_shared(chosen, rejected)
+    if shared and chosen[0]["role"] != "assistant":
+        # Whole conversations: the prompt is what both begin with, also where it is given.
+        is_system = prompt and prompt[0]["role"] == "system" and chosen[0]["role"] != "system"
+        prompt = [*(prompt[:1] if is_system else []), *chosen[:shared]]
+        chosen, rejected = chosen[shared:], rejected[shared:]
+    if len(chosen) != 1 or len(rejected) != 1:
+        raise Refused("chosen and rejected differ before the last turn")
+    check_turns([*prompt, *chosen], last="assistant")
+    check_turns([*prompt, *rejected], last="assistant")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def read_answer(row: Row, name: str, layout: Layout) -> Messages:
+    if layout is not HH:
+        return parse_turns(row, name, role="assistant")
+    # re.split with a group gives: text before, speaker, text, speaker, text, ...
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", row.value[name].lstrip())
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return [make_message(roles[speaker], text.strip()) for speaker, text in pairs]
+
+
+def is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def count_shared(chosen: Messages, rejected: Messages) -> int:
+    """Count the equal messages at the start, leaving at least one to each side."""
+    shared = 0
+    for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared
+
+
+def read_prompt_field(row: Row) -> Messages:
+    return add_system(row, parse_turns(row, "prompt", role="user"))
+
+
+def read_no_prompt(row: Row) -> Messages:
+    for name in ("chosen", "rejected"):
+        if isinstance(row.value[name], str):
+            raise ValueError(
+                f"{row.source}: the row has no prompt, and {name!r} is neither a list of messages "
+                f"nor a \"Human:/Assistant:\" text: {shorten(row.value[name])}; add a 'prompt'"
+            )
+    return add_system(row, [])
+
+
+def load_tasks(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataSummary]:
+    """Read tasks as {"prompt": messages, "answer", "verifier", "level", "kind", ...}.
+
+    A row without `verifier` gets "number" where its answer is one number, else "exact". `level`
+    is 1 and `kind` the name of the file where they are missing. A task whose right answer would
+    not pass its own verifier can never be rewarded: it is dropped and counted.
+
+    Raises:
+        ValueError: a row that cannot be read, an unknown verifier, or no row left.
+    """
+    return load_rows(data_files, lambda row: find_layout(row, TASK_LAYOUTS), read_task)
+
+
+def read_task(row: Row, layout: Layout) -> dict[str, Any]:
+    prompt = layout.read(row)
+    check_turns(prompt, last="user")
+    answer = read_task_answer(row, layout.needs[1])
+    verifier = row.value.get("verifier") or ("number" if is_number(answer) else "exact")
+    if verifier not in VERIFIERS:
+        raise ValueError(
+            f"{row.source}: verifier={verifier!r} is unknown; choose one of {sorted(VERIFIERS)}"
+        )
+    try:
+        check_answer(answer, verifier)
+    except ValueError:
+        raise Refused(f"the answer does not pass its own verifier {verifier!r}") from None
+    level = row.value.get("level", 1)
+    if not isinstance(level, int) and not str(level).isdecimal():
+        raise ValueError(f"{row.source}: level must be a whole number, it is {level!r}")
+    kind = row.value.get("kind") or Path(row.source.rsplit(":", 1)[0]).name.split(".")[0]
+    return {
+        "prompt": prompt, "answer": answer, "verifier": verifier, "level": int(level), "kind": kind
+    }  # fmt: skip
+
+
+def read_task_answer(row: Row, name: str) -> str:
+    """Return the answer as text; of a GSM8K solution what stands behind "####"."""
+    value = row.value[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(
+            f"{row.source}: field {name!r} must be a text or a number, it is {shorten(value)}"
+        )
+    return str(value).rsplit("####", 1)[-1].strip()
+
+
+def read_user(row: Row, name: str) -> Messages:
+    return add_system(row, [make_message("user", get_string(row, name))])
+
+
+def load_prompts(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataSummary]:
+    """Read prompts alone as {"prompt": messages, ...}: the last turn is the user's.
+
+    Takes rows with a `prompt` alone, and the layouts of preferences, of tasks and of SFT, whose
+    last answer is taken off. Raises ValueError as the other readers do.
+    """
+    return load_rows(data_files, find_prompt, read_prompt)
+
+
+def find_prompt(row: Row) -> Layout:
+    if row.value.get("chosen") is not None and row.value.get("rejected") is not None:
+        return find_preference(row)
+    return find_layout(row, [*LAYOUTS, *TASK_LAYOUTS, PROMPT])
+
+
+def read_prompt(row: Row, layout: Layout) -> dict[str, Any]:
+    if layout is HH or layout in PREFERENCE_LAYOUTS:
+        prompt = read_preference(row, layout)["prompt"]
+    else:
+        prompt = layout.read(row)
+        if prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    check_turns(prompt, last="user")
+    return {"prompt": prompt}
+
+
+PROMPT = Layout("prompt", ("prompt",), read_prompt_field, '{"prompt": "Hi"}')
+PAIR = Layout(
+    "chosen/rejected as whole conversations", ("chosen", "rejected"), read_no_prompt,
+    '{"chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], '
+    '"rejected": [...]}',
+)  # fmt: skip
+HH = Layout(
+    "HH (chosen, rejected as Human:/Assistant: text)", ("chosen", "rejected"), lambda row: [],
+    '{"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", "rejected": ...}',
+)  # fmt: skip
+PREFERENCE_LAYOUTS = [
+    Layout(
+        "ShareGPT preference (conversations, chosen, rejected)",
+        ("conversations", "chosen", "rejected"), lambda row: read_chat(row, "conversations"),
+        '{"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", '
+        '"value": "Hello"}, "rejected": {"from": "gpt", "value": "Go away"}}',
+    ),
+    Layout(
+        "alpaca preference (instruction, input, chosen, rejected)",
+        ("instruction", "chosen", "rejected"), read_instruction,
+        '{"instruction": "Greet", "input": "", "chosen": "Hello", "rejected": "Go away"}',
+        ("input", "output", "history"),
+    ),
+    Layout(
+        "prompt/chosen/rejected", ("prompt", "chosen", "rejected"), read_prompt_field,
+        '{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}',
+    ),
+    PAIR,
+]  # fmt: skip
+TASK_LAYOUTS = [
+    Layout(
+        "task (prompt, answer)", ("prompt", "answer"), read_prompt_field,
+        '{"prompt": "17+25=?", "answer": "42", "verifier": "number", "level": 1, "kind": "add"}',
+    ),
+    Layout(
+        "question/answer (GSM8K: the answer ends in ####)", ("question", "answer"),
+        lambda row: read_user(row, "question"), '{"question": "2+2?", "answer": "#### 4"}',
+    ),
+    Layout(
+        "context/continuation", ("context", "continuation"),
+        lambda row: read_user(row, "context"), '{"context": "2+2=", "continuation": "4"}',
+    ),
+    Layout(
+        "two columns without a header (question, answer)", ("column_1", "column_2"),
+        lambda row: read_user(row, "column_1"), "What is 2+2?<TAB>4",
+    ),
+]  # fmt: skip

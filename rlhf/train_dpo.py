@@ -1,0 +1,84 @@
+"""Direct preference optimisation of a chat model (Rafailov et al. 2023).
+
+Reads   a chat model's directory, pairs (`data_files`), optionally a reward model to judge with
+Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, eval.json, run.json
+
+    python -m rlhf.train_dpo --config configs/tiny/dpo.yaml
+    accelerate launch --config_file configs/launch/cpu.yaml \
+        -m rlhf.train_dpo --config configs/tiny/dpo.yaml
+    deepspeed --num_gpus 2 rlhf/train_dpo.py --config configs/tiny/dpo.yaml \
+        --deepspeed configs/deepspeed/zero2.json
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer, ModelConfig
+
+import stages
+from pretrain.callbacks import watch
+from pretrain.eval import share_with_interval
+from pretrain.hardware import quiet_logs, training_defaults
+from rlhf.data import load_pairs
+from rlhf.eval import evaluate_policy
+from sft.model import load_model, make_lora_config
+from sft.train import load_chat_tokenizer, save_chat_model
+
+
+@dataclass
+class DPOArguments:
+    """The pairs, and how the result is measured."""
+
+    data_files: list[str] = field(default_factory=list, metadata={"help": "preference pairs"})
+    test_files: list[str] = field(default_factory=list, metadata={"help": "held-out pairs"})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "held out of data_files where there are no test_files"}
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "judges the answers"})
+    eval_config: str | None = field(default=None, metadata={"help": "YAML of sft.eval"})
+
+
+def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
+    """Load data and model, train or resume, merge and save, evaluate, record."""
+    quiet_logs()
+    stages.check_world_size(training_args.world_size)
+    base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
+    inputs = [base]
+    if args.reward_model:
+        inputs.append(stages.require_input(args.reward_model, "config.json"))
+        stages.require_same_tokenizer(base, args.reward_model)
+    run = stages.start_run(
+        "dpo",
+        training_args.output_dir,
+        [args, training_args, model_args],
+        inputs,
+        args.data_files + args.test_files,
+    )
+    set_seed(training_args.seed)
+    tokenizer = load_chat_tokenizer(base)
+    train, test, summary = load_pairs(args, tokenizer, training_args.max_length)
+    trainer = DPOTrainer(
+        model=load_model(model_args, tokenizer),
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=tokenizer,
+        peft_config=make_lora_config(model_args, tokenizer),
+    )
+    watch(trainer)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    accuracy = trainer.evaluate()["eval_rewards/accuracies"]
+    parity = save_chat_model(trainer, tokenizer, base)
+    if trainer.is_world_process_zero():
+        right = round(accuracy * len(test))
+        hits = [True] * right + [False] * (len(test) - right)
+        metrics = {"implicit_pair_accuracy": share_with_interval(hits)}
+        metrics |= evaluate_policy(
+            training_args.output_dir, args.eval_config, args.reward_model, base
+        )
+        run.finish(metrics, data=summary.to_dict(), **parity)
+
+
+if __name__ == "__main__":
+    classes = [DPOArguments, DPOConfig, ModelConfig]
+    main(*stages.parse_args(classes, defaults=training_defaults()))

@@ -1,0 +1,127 @@
+"""Group relative policy optimisation of a chat model (Shao et al. 2024).
+
+Paid by verifiers (`reward_funcs: verifier`, verifiable rewards), by a reward model
+(`reward_funcs: output/tiny/reward`), or by several of them.
+
+Reads   a chat model's directory, tasks or prompts (`data_files`)
+Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, eval.json, run.json
+
+    python -m rlhf.train_grpo --config configs/tiny/grpo.yaml
+    accelerate launch --config_file configs/launch/cpu.yaml \
+        -m rlhf.train_grpo --config configs/tiny/grpo.yaml
+    deepspeed --num_gpus 2 rlhf/train_grpo.py --config configs/tiny/grpo.yaml \
+        --deepspeed configs/deepspeed/zero2.json
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
+
+import stages
+from pretrain.callbacks import watch
+from pretrain.hardware import quiet_logs, training_defaults
+from rlhf.data import load_prompts, load_tasks
+from rlhf.eval import evaluate_policy
+from rlhf.reward_functions import REWARD_FUNCTIONS
+from sft.model import load_model, make_lora_config
+from sft.train import load_chat_tokenizer, save_chat_model
+
+
+@dataclass
+class GRPOArguments:
+    """The tasks, what pays, and how the result is measured."""
+
+    data_files: list[str] = field(default_factory=list, metadata={"help": "tasks or prompts"})
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["verifier"],
+        metadata={"help": "names in rlhf.reward_functions, or reward models' directories"},
+    )
+    max_level: int | None = field(default=None, metadata={"help": "leave harder tasks out"})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "judges the answers at the end"}
+    )
+    eval_config: str | None = field(default=None, metadata={"help": "YAML of sft.eval"})
+
+
+def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
+    """Load tasks and models, train or resume, merge and save, evaluate, record."""
+    quiet_logs()
+    stages.check_world_size(training_args.world_size)
+    base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
+    judges = [name for name in args.reward_funcs if name not in REWARD_FUNCTIONS]
+    judges += [args.reward_model] if args.reward_model else []
+    for judge in judges:
+        stages.require_input(judge, "config.json", "tokenizer.json")
+        stages.require_same_tokenizer(base, judge)
+    run = stages.start_run(
+        "grpo",
+        training_args.output_dir,
+        [args, training_args, model_args],
+        [base, *judges],
+        args.data_files,
+    )
+    set_seed(training_args.seed)
+    tokenizer = load_chat_tokenizer(base)
+    rows, summary = load_rows_for(args)
+    model = load_model(model_args, tokenizer)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[REWARD_FUNCTIONS.get(name, name) for name in args.reward_funcs],
+        args=training_args,
+        train_dataset=fit_prompts(rows, model, tokenizer, training_args.max_completion_length),
+        processing_class=tokenizer,
+        peft_config=make_lora_config(model_args, tokenizer),
+    )
+    watch(trainer)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    parity = save_chat_model(trainer, tokenizer, base)
+    if trainer.is_world_process_zero():
+        metrics = evaluate_policy(
+            training_args.output_dir, args.eval_config, args.reward_model, base
+        )
+        run.finish(metrics, data=summary.to_dict(), **parity)
+
+
+def load_rows_for(args: GRPOArguments):
+    """Tasks where a verifier pays, plain prompts where only reward models do."""
+    if "verifier" not in args.reward_funcs:
+        return load_prompts(args.data_files)
+    rows, summary = load_tasks(args.data_files)
+    if args.max_level is not None:
+        rows = [row for row in rows if row["level"] <= args.max_level]
+        summary.drop(f"level above max_level={args.max_level}", "data_files")
+    if not rows:
+        raise ValueError(f"no task has a level of at most max_level={args.max_level}")
+    return rows, summary
+
+
+def fit_prompts(rows: list[dict], model, tokenizer, max_completion_length: int) -> Dataset:
+    """Prompts that leave room for an answer in the model's context; the others are counted.
+
+    Raises:
+        ValueError: no prompt is left.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    room = context - max_completion_length
+    lengths = [
+        len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"])
+        for row in rows
+    ]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+    if stages.is_main_process():
+        print(
+            f"prompts  {len(kept):,} of {len(rows):,} leave room for {max_completion_length} tokens"
+        )
+    if not kept:
+        raise ValueError(
+            f"no prompt leaves room for max_completion_length={max_completion_length} in the "
+            f"model's context of {context} tokens: lower it"
+        )
+    return Dataset.from_list(kept)
+
+
+if __name__ == "__main__":
+    classes = [GRPOArguments, GRPOConfig, ModelConfig]
+    main(*stages.parse_args(classes, defaults=training_defaults()))

@@ -1,0 +1,1 @@
+"""Base model to chat model: supervised fine-tuning on conversations."""

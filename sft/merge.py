@@ -1,0 +1,33 @@
+"""Merge a LoRA adapter into its full-precision base.
+
+python -m sft.merge output/tiny/sft/adapter --base output/tiny/pretrain --output_dir merged
+"""
+
+import argparse
+
+from peft import PeftConfig
+from transformers import AutoTokenizer
+
+from sft.model import merge_adapter, set_stop_tokens
+
+
+def main(adapter: str, base: str | None, tokenizer_dir: str | None, output_dir: str) -> None:
+    """Write the merged model and its tokenizer, and print what the merge changed."""
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or adapter)
+    model, parity = merge_adapter(base, adapter)
+    set_stop_tokens(model, tokenizer)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    difference = parity["merge_max_logit_difference"]
+    print(f"merged into {output_dir}; largest logit difference {difference:.2e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("adapter", help="a directory with adapter_config.json")
+    parser.add_argument("--base", help="the base model; default: the one the adapter names")
+    parser.add_argument("--tokenizer", help="its tokenizer; default: the one beside the adapter")
+    parser.add_argument("--output_dir", required=True)
+    arguments = parser.parse_args()
+    main(arguments.adapter, arguments.base, arguments.tokenizer, arguments.output_dir)

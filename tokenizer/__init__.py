@@ -1,0 +1,1 @@
+"""Text to token ids: the corpus reader, the BPE trainer and the chat template."""

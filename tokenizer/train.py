@@ -1,0 +1,98 @@
+"""Train a byte-level BPE tokenizer on raw text.
+
+Reads   text, JSON, CSV or parquet files (`data_files`)
+Writes  a directory that AutoTokenizer loads, with the chat template; eval.json; run.json
+
+    python -m tokenizer.train --config configs/tiny/tokenizer.yaml
+    python -m tokenizer.train --data_files my.txt --output_dir output/my/tokenizer --vocab_size 8192
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import stages
+from tokenizer.corpus import read_documents
+from tokenizer.eval import evaluate_tokenizer, read_by_language
+from tokenizer.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
+
+
+@dataclass
+class TokenizerArguments:
+    """What the tokenizer is trained on, and how large it becomes."""
+
+    data_files: list[str] = field(default_factory=list, metadata={"help": "training text"})
+    validation_files: list[str] = field(default_factory=list, metadata={"help": "held-out text"})
+    output_dir: str = "output/my/tokenizer"
+    vocab_size: int = field(default=4096, metadata={"help": "entries, special tokens included"})
+    max_token_length: int = field(default=16, metadata={"help": "longest entry, in UTF-8 bytes"})
+    model_max_length: int = field(default=1024, metadata={"help": "context of the model, tokens"})
+
+
+def main(args: TokenizerArguments) -> None:
+    """Train, save, evaluate and record a tokenizer."""
+    if not args.data_files:
+        raise ValueError("data_files is empty: name the training text, e.g. --data_files my.txt")
+    data_files = args.data_files + args.validation_files
+    run = stages.start_run("tokenizer", args.output_dir, [args], data_files=data_files)
+    bpe = train_bpe(read_documents(args.data_files), args.vocab_size, args.max_token_length)
+    tokenizer = wrap(bpe, args.model_max_length)
+    tokenizer.save_pretrained(args.output_dir)
+    held_out = read_by_language(args.validation_files or args.data_files)
+    run.finish(evaluate_tokenizer(tokenizer, held_out), held_out=bool(args.validation_files))
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, max_token_length: int) -> Tokenizer:
+    """Train byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2).
+
+    Every byte is in the vocabulary, so any text survives the round trip. Digits stand one by one:
+    a number's digits then mean the same wherever they stand, and arithmetic can be learned.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the 256 bytes and the special tokens.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size} is too small: {smallest} is the least")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=max_token_length,
+        show_progress=stages.is_main_process(),
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return bpe
+
+
+def wrap(bpe: Tokenizer, model_max_length: int):
+    """Wrap trained BPE as a `PreTrainedTokenizerFast` with the chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        extra_special_tokens=list(SPECIAL_TOKENS[4:]),
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    template = Path(__file__).with_name("chat_template.jinja")
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    assert ids == list(range(len(SPECIAL_TOKENS))), ids
+    return tokenizer
+
+
+if __name__ == "__main__":
+    main(*stages.parse_args([TokenizerArguments]))
