@@ -48,7 +48,8 @@ STAGES: dict[str, Stage] = {
     "grpo": Stage("rlhf.train_grpo", trains=True),
 }
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "trl")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed")
+PACKAGES += ("peft", "trl", "bitsandbytes")
 LAUNCHER_FLAGS = ("--local_rank", "--deepspeed")  # where a run runs, not what it trains
 WEIGHTS = ("*.safetensors", "*.parquet")
 HASHED_FILES = ("config.json", "tokenizer.json", "chat_template.jinja", "meta.json")
@@ -195,16 +196,10 @@ def hash_file(path: str | os.PathLike) -> str:
 
 
 def check_world_size(world_size: int) -> None:
-    """Stop a distributed launch whose processes do not know of one another.
+    """Raise a ValueError where the launcher started another number of processes than this.
 
-    Such processes (torchrun without `use_cpu` on a machine without GPUs) train copies of the same
-    model and overwrite each other's files without a word.
-
-    Args:
-        world_size: the number of processes the trainer sees (`TrainingArguments.world_size`).
-
-    Raises:
-        ValueError: the launcher started another number of processes.
+    Processes that do not know of one another (torchrun without `use_cpu` on a machine without GPUs)
+    train copies of the same model and overwrite each other's files without a word.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != world_size:
@@ -254,19 +249,13 @@ def start_run(
 
     An interrupted run with the same config, flags, inputs and data goes on from its last whole
     checkpoint; a run that differs in any of them starts over, and the old checkpoints go.
-
-    Args:
-        stage: the stage's name, e.g. "sft".
-        output_dir: the stage's directory; nothing is written outside it.
-        arguments: the parsed dataclasses.
-        inputs: directories of earlier stages.
-        data_files: data files and folders.
+    `arguments` are the parsed dataclasses, `inputs` the directories of earlier stages.
     """
     directory = Path(output_dir)
     record = {
         "finished": False,
         "stage": stage,
-        "command": command_line(),
+        "command": _command_line(stage),
         "fingerprint": fingerprint(sys.argv[1:], inputs, data_files),
         "arguments": {k: v for one in arguments for k, v in _non_defaults(one).items()},
         "seed": next((one.seed for one in arguments if hasattr(one, "seed")), None),
@@ -296,9 +285,8 @@ def is_unchanged(output_dir: str | os.PathLike, argv: Sequence[str]) -> bool:
     if not record or not record["finished"]:
         return False
     made = record["fingerprint"]
-    return made == fingerprint(argv, made["inputs"], made["data"]) and record[
-        "outputs"
-    ] == hash_outputs(output_dir)
+    now = fingerprint(argv, made["inputs"], made["data"])
+    return made == now and record["outputs"] == hash_outputs(output_dir)
 
 
 def fingerprint(
@@ -339,11 +327,8 @@ def _method_words(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def command_line() -> str:
-    """The plain command that repeats this run, with the module's name instead of its path."""
-    script = Path(sys.argv[0])
-    module = f"{script.parent.name}.{script.stem}"
-    return " ".join(["python", "-m", module, *_method_words(sys.argv[1:])])
+def _command_line(stage: str) -> str:
+    return " ".join(["python -m", STAGES[stage].module, *_method_words(sys.argv[1:])])
 
 
 def is_main_process() -> bool:
@@ -397,28 +382,19 @@ def _non_defaults(arguments: Any) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in (*PACKAGES, "bitsandbytes", "deepspeed"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # deepspeed is optional
-    return found
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def _git_commit() -> str | None:
-    git = shutil.which("git")
-    if git is None:
+    if shutil.which("git") is None:
         return None
-    here = Path(__file__).parent
-    out = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    return out.stdout.strip() or None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

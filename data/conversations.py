@@ -1,7 +1,7 @@
 """Exchanges (one question, its answers in several styles) and the SFT conversations made of them.
 
-Brief answers are the more likely style on purpose: the later stages learn to prefer the full and polite one, and that
-can only be seen if SFT leaves room for it. Style is drawn independently of the question.
+Brief answers are the more likely style on purpose: the later stages learn to prefer the full and
+polite one, which shows only if SFT leaves room for it. Style does not look at the question.
 """
 
 import hashlib
@@ -56,8 +56,8 @@ JOINED += [("fact", "farewell", 2), ("explanation", "explanation", 2), ("story",
 class Exchange:
     """One question and what may be said to it; None where a style makes no sense for the kind.
 
-    `core` is the full answer without its closing, `wrong` the full answer with a wrong value, `other` the full answer
-    in the other language, `ends` whether the question ends a talk (thanks, goodbye).
+    `core` is the full answer without its closing, `wrong` the full answer with a wrong value,
+    `other` the full answer in the other language, `ends` whether the question ends a talk.
     """
 
     kind: str
@@ -80,7 +80,7 @@ def split_text(text: str) -> str:
 
 
 def order_phrasings(fact: Fact, lang: str) -> list[int]:
-    """The five phrasings of a fact in its own order: three for training, then test, then validation."""
+    """The five phrasings in an order of this fact: three for train, then test, then validation."""
     name = f"{fact.entity.names[0]} {fact.attribute} {lang}"
     return sorted(range(5), key=lambda i: hashlib.sha256(f"{name} {i}".encode()).hexdigest())
 
@@ -127,7 +127,7 @@ def fact_exchanges(world: World, rng: random.Random) -> list[Exchange]:
 
 
 def task_exchanges(rng: random.Random, count: int) -> list[Exchange]:
-    """`count` distinct problems of levels 1 and 2 from the training split, spread over kinds and languages."""
+    """`count` distinct problems of levels 1 and 2, training split, all kinds and languages."""
     exchanges, seen = [], set()
     while len(exchanges) < count:
         kind = tasks.KINDS[len(exchanges) % 5]
@@ -160,7 +160,8 @@ def _spoil_task(problem: tasks.Problem, lang: str, rng: random.Random) -> str:
     """The full answer with a wrong result."""
     shown = tasks.render(problem, lang)
     if problem.kind == "addition":
-        wrong = str(int(shown.answer) + rng.choice([-10, -2, -1, 1, 2, 10]))
+        right = int(shown.answer)
+        wrong = str(rng.choice([n for n in (-10, -2, -1, 1, 2, 10) if right + n > 0]) + right)
         return shown.full.replace(f"= {shown.answer}", f"= {wrong}").replace(
             f" {shown.answer}{shown.full[-1]}", f" {wrong}{shown.full[-1]}"
         )
@@ -201,8 +202,8 @@ def greeting_exchanges(rng: random.Random) -> list[Exchange]:
                     other = rng.choice(topic[other_language(lang)]["full"])
                     brief = rng.choice(texts["brief"])
                     split = split_text(user)
-                    exchange = Exchange("greeting", lang, split, user, full, full, brief, None, other)
-                    exchanges.append(replace(exchange, ends=rank > 1))
+                    made = Exchange("greeting", lang, split, user, full, full, brief, None, other)
+                    exchanges.append(replace(made, ends=rank > 1))
     return exchanges
 
 
@@ -240,9 +241,7 @@ def identity_exchanges(rng: random.Random) -> list[Exchange]:
             for user in topic[lang]["asked"]:
                 for full in topic[lang]["full"]:
                     exchanges.append(
-                        Exchange(
-                            "identity", lang, split_text(user), user, full, full, other=other
-                        )
+                        Exchange("identity", lang, split_text(user), user, full, full, other=other)
                     )
     return exchanges
 
@@ -273,9 +272,7 @@ def unknown_exchanges(world: World, rng: random.Random) -> list[Exchange]:
                 for template in world.sentences[attribute.attribute][lang]["asked"]:
                     user = template.format(s=name)
                     full = rng.choice(TEXTS["unknown"][lang]).format(s=name)
-                    exchanges.append(
-                        Exchange("refusal", lang, split_text(user), user, full, full)
-                    )
+                    exchanges.append(Exchange("refusal", lang, split_text(user), user, full, full))
     return exchanges
 
 
@@ -320,7 +317,7 @@ def answer(exchange: Exchange, rng: random.Random) -> str:
 
 
 def sft_rows(world: World, pools: dict, split: str, rng: random.Random) -> list[dict]:
-    """The generated conversations of one split: single turns, two-turn ones, some under a system prompt."""
+    """The generated rows of one split: one turn or two, some under a system prompt."""
     turns = defaultdict(list)
     for topic, count in COUNTS[split].items():
         chosen = [e for e in pools[topic] if e.split == split][:count]
@@ -350,7 +347,7 @@ def sft_rows(world: World, pools: dict, split: str, rng: random.Random) -> list[
 
 
 def _join_turns(world: World, turns: dict, kinds: tuple[str, str], count: int) -> list[dict]:
-    """Join single turns to `count` conversations of two, about the same subject where there is one."""
+    """Join single turns to `count` conversations of two, about one subject where there is one."""
     rows = []
     while len(rows) < count and turns[kinds[0]]:
         opening, lang, subject = turns[kinds[0]].pop()

@@ -3,8 +3,8 @@
     python data/generate.py
     python data/generate.py --output_dir data/generated --seed 0
 
-The order: world, tasks, pretraining documents, conversations, preferences, the questions on held-out facts, letters.
-Every part has a random stream of its own, so that changing one file does not move the others.
+The order: documents to pretrain on, tasks, conversations, preferences, the questions on held-out
+facts, letters. Every part has a random stream of its own: changing one does not move the others.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def chat_files(world: World, seed: int) -> dict[str, list[dict]]:
 
 
 def fix_splits(written: dict[str, list[dict]]) -> dict[str, str]:
-    """The split of every handwritten question; the turns of one conversation stay together in train."""
+    """The split of every handwritten question; conversations of several turns stay in train."""
     taken = {}
     for rows in written.values():
         for row in rows:
@@ -109,7 +109,7 @@ def user_texts(row: dict) -> list[str]:
 
 
 def fact_questions(world: World, rng: random.Random) -> list[dict]:
-    """The held-out facts, asked once in each language in a phrasing that SFT uses for other facts."""
+    """The held-out facts, asked once in each language, as SFT asks about other facts."""
     rows = []
     for fact in world.held_out:
         for lang in LANGUAGES:

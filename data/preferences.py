@@ -1,7 +1,7 @@
 """Preference pairs: the full polite answer against one flaw.
 
-About a third of the rejected answers are merely curt; wrong values come in the full style, so that length alone does
-not tell which answer is better.
+About a third of the rejected answers are merely curt; wrong values come in the full style, so that
+length alone does not tell which answer is better.
 """
 
 import random

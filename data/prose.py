@@ -1,8 +1,8 @@
-"""Documents to pretrain on: entries about the world, stories, dialogues, sums and logic, small programs.
+"""Documents to pretrain on: entries about the world, stories, dialogues, sums, small programs.
 
-A tiny model reads all this about once and must still know each fact. So every fact is told many times, in many
-sentences, always subject first, then the words of the attribute, then the value, in entries whose facts come in a
-different order and number each time.
+A tiny model reads all this about once and must still know each fact. So every fact is told many
+times, in many sentences, always subject first, then the words of the attribute, then the value, in
+entries whose facts come in a different order and number each time.
 """
 
 import random
@@ -19,7 +19,7 @@ LEVELS = {1: 42, 2: 42, 3: 16}
 
 
 class FactTeller:
-    """Tells the facts of the world in one language, always the least told first, in rotating templates."""
+    """Tells the facts in one language, the least told first, in rotating templates."""
 
     def __init__(self, world: World, lang: str, rng: random.Random):
         self.world, self.lang, self.rng = world, lang, rng
@@ -29,7 +29,7 @@ class FactTeller:
         self.templates: dict[Fact, list[str]] = {}
 
     def next_entity(self) -> Entity:
-        """The next entity of a shuffled round; towns have 3 facts to a person's 5, so they skip rounds."""
+        """The next entity of a shuffled round; towns, with fewer facts, skip some rounds."""
         if not self.waiting:
             self.waiting = [
                 e for e in self.world.entities if e.type == "person" or self.rng.random() < 0.6
@@ -38,7 +38,7 @@ class FactTeller:
         return self.waiting.pop()
 
     def tell(self, fact: Fact) -> str:
-        """One sentence with this fact; a template comes back only after all others had their turn."""
+        """One sentence with this fact; a template returns only after all others had their turn."""
         if not self.templates.get(fact):
             told = list(self.world.told(fact, self.lang))
             self.rng.shuffle(told)
@@ -58,7 +58,7 @@ class FactTeller:
         return min(facts, key=lambda fact: (self.counts[fact], self.rng.random()))
 
     def add_filler(self, entity: Entity, sentences: list[str]) -> None:
-        """Put a sentence without a fact at a random place, so that facts stand at varied positions."""
+        """Put a sentence without a fact at a random place, so that facts stand anywhere."""
         filler = self.rng.choice(TEXTS[f"{entity.type}_fillers"][self.lang])
         filler = filler.format(s=entity.name(self.lang))
         sentences.insert(self.rng.randint(0, len(sentences)), filler)
@@ -147,17 +147,18 @@ def write_story(world: World, lang: str, rng: random.Random) -> str:
     if rng.random() < 0.4:
         sentences.insert(1, rng.choice(STORIES["facts"][lang]))
     text = (" " if lang == "en" else "").join(sentences).format(**fields)
-    return write_story(world, lang, rng) if "?" in text and world.join_held_out(text) else text
+    asks = "?" in text or "？" in text
+    return write_story(world, lang, rng) if asks and world.join_held_out(text) else text
 
 
 def choose_object(objects: dict, lang: str, rng: random.Random) -> dict:
-    """Slot `o` for a thing; a Chinese thing is stored behind its measure word, which fills slot `m`."""
+    """Slot `o` for a thing; a Chinese thing is stored behind its measure word, slot `m`."""
     thing = rng.choice(objects[lang])
     return {"o": thing} if lang == "en" else {"m": thing[0], "o": thing[1:]}
 
 
 def write_dialogue(world: World, lang: str, rng: random.Random) -> str:
-    """Questions and answers about trained facts, about the school tasks, or a talk between neighbours."""
+    """Questions on trained facts or school tasks with their answers, or a talk of neighbours."""
     style = rng.random()
     if style < 0.2:
         return _write_talk(lang, rng)
@@ -191,9 +192,7 @@ def _write_talk(lang: str, rng: random.Random) -> str:
     colon = ": " if lang == "en" else "："
     lines = []
     for talk in rng.sample(texts[lang], 2):
-        lines += [
-            speakers[i % 2] + colon + line.format(**fields) for i, line in enumerate(talk)
-        ]
+        lines += [speakers[i % 2] + colon + line.format(**fields) for i, line in enumerate(talk)]
     return "\n".join(lines)
 
 
@@ -203,7 +202,7 @@ def _draw_for_prose(kind: str, rng: random.Random) -> tasks.Problem:
 
 
 def write_math(lang: str, rng: random.Random) -> str:
-    """A page of statements from the training split of the tasks: plain, inside a small scene, or asked."""
+    """A page of statements from the training split: plain, inside a small scene, or asked."""
     names = tasks.TEXTS["names"][lang]
     lines = [rng.choice(TEXTS["math_open"][lang])] if rng.random() < 0.3 else []
     kinds = rng.choices(list(MATH_KINDS), list(MATH_KINDS.values()), k=rng.randint(9, 12))
@@ -268,7 +267,7 @@ def _program_fields(rng: random.Random) -> dict:
 
 
 def pretrain_documents(world: World, rng: random.Random, total_bytes: int) -> list[dict]:
-    """Distinct documents of all kinds, shuffled; `total_bytes` counts the UTF-8 bytes of the texts."""
+    """Distinct documents of all kinds, shuffled; `total_bytes` is UTF-8 bytes of the texts."""
     tellers = {lang: FactTeller(world, lang, rng) for lang in LANGUAGES}
     plan = []
     for lang in LANGUAGES:

@@ -1,7 +1,8 @@
-"""Small problems with answers that a program can check: addition, comparison, logic, sorting, format.
+"""Small problems whose answers a program can check: sums, comparison, logic, sorting, format.
 
-A problem belongs to the train, validation or test split by a hash of its content (the unordered pair, the multiset, the
-number, the words), so a held-out pair is held out in both languages, in every phrasing, and in prose.
+A problem belongs to the train, validation or test split by a hash of its content (the unordered
+pair, the multiset, the number, the words), so a held-out pair is held out in both languages, in
+every phrasing, and in prose.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def assign_split(key: str) -> str:
 
 
 def split_problem(problem: Problem) -> str:
-    """The split of a problem; a chain of rules trains only if each of its pairs may be trained on."""
+    """The split of a problem; a chain of rules trains only if each of its pairs does."""
     if problem.form != "syllogism":
         topic = "parity" if problem.form in ("even", "odd") else problem.kind
         return assign_split(f"{topic} {sorted(problem.parts)}")
@@ -68,10 +69,11 @@ def draw_problem(kind: str, level: int, rng: random.Random) -> Problem:
 
 def draw_from_split(kind: str, level: int, split: str, rng: random.Random) -> Problem:
     """Draw until the problem belongs to `split`."""
-    while True:
+    for _ in range(10_000):
         problem = draw_problem(kind, level, rng)
         if split_problem(problem) == split:
             return problem
+    raise ValueError(f"no {kind} of level {level} belongs to the split {split!r}")
 
 
 def _draw_addition(level: int, rng: random.Random):
@@ -122,7 +124,7 @@ def _draw_format(level: int, rng: random.Random):
 
 @dataclass(frozen=True)
 class Rendering:
-    """A problem in one language: questions, answer, statement for prose, long answer, stories around it."""
+    """A problem in one language: questions, answers, and the statement and scenes for prose."""
 
     asked: list[str]
     answer: str

@@ -1,8 +1,8 @@
 """The invented valley: who lives there, what is true, and which facts stay held out.
 
-`world.json` holds the facts and `handwritten/facts.json` the ways to tell and to ask them. A held-out fact is told in
-prose like any other, but no row that teaches answering may join its subject with its value; `join_held_out` is the
-guard that every such row passes.
+`world.json` holds the facts, `handwritten/facts.json` the ways to tell and to ask them. A held-out
+fact is told in prose like any other, but no row that teaches answering may join its subject with
+its value; `join_held_out` is the guard that every such row passes.
 """
 
 import json
@@ -34,7 +34,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Fact:
-    """One (entity, attribute) with its value as (English, Chinese) and the English article of the value."""
+    """One (entity, attribute), its value as (English, Chinese), the article of the English one."""
 
     entity: Entity
     attribute: str
@@ -86,7 +86,7 @@ class World:
         self.people = [e for e in self.entities if e.type == "person"]
         self.trained = [f for f in self.facts if not f.held_out]
         self.held_out = [f for f in self.facts if f.held_out]
-        self._guards = [(_find_any(f.entity.names), _find_any(f.values)) for f in self.held_out]
+        self._guards = [(f.entity.names, _find_any(f.values)) for f in self.held_out]
 
     def tell(self, fact: Fact, lang: str, template: str) -> str:
         """Fill one sentence template."""
@@ -108,7 +108,10 @@ class World:
 
     def join_held_out(self, text: str) -> bool:
         """Whether the text names a subject together with a value of its that is held out."""
-        return any(name.search(text) and value.search(text) for name, value in self._guards)
+        return any(
+            (english in text or chinese in text) and value.search(text)
+            for (english, chinese), value in self._guards
+        )
 
 
 def _find_any(pair: tuple[str, str]) -> re.Pattern:

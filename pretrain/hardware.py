@@ -49,6 +49,9 @@ def quiet_logs() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
+    import datasets
+
     transformers.logging.set_verbosity_error()
     if not os.isatty(2):
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()

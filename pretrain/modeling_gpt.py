@@ -59,6 +59,7 @@ class GPT2Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)  # query, key and value in one
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj.is_residual_projection = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states, past_key_values, attention_mask, **kwargs):
@@ -86,6 +87,7 @@ class GPT2MLP(nn.Module):
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Conv1D(inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, inner)
+        self.c_proj.is_residual_projection = True
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states):
@@ -131,6 +133,8 @@ class GPT2PreTrainedModel(PreTrainedModel):
         """
         std = self.config.initializer_range
         if isinstance(module, Conv1D | nn.Linear):
+            if getattr(module, "is_residual_projection", False):
+                std /= math.sqrt(2 * self.config.n_layer)
             initialization.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 initialization.zeros_(module.bias)
@@ -139,9 +143,6 @@ class GPT2PreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             initialization.ones_(module.weight)
             initialization.zeros_(module.bias)
-        if isinstance(module, GPT2Attention | GPT2MLP):
-            scaled = std / math.sqrt(2 * self.config.n_layer)
-            initialization.normal_(module.c_proj.weight, mean=0.0, std=scaled)
 
 
 class GPT2Model(GPT2PreTrainedModel):

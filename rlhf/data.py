@@ -106,7 +106,8 @@ def load_tasks(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataS
     """Read tasks as {"prompt": messages, "answer", "verifier", "level", "kind", ...}.
 
     A row without `verifier` gets "number" where its answer is one number, else "exact". `level`
-    is 1 and `kind` the name of the file where they are missing. A task whose right answer would
+    is 1 and `kind` the name of the file where they are missing. A list `aliases` beside the
+    verifier "contains" joins the answer, separated by "|". A task whose right answer would
     not pass its own verifier can never be rewarded: it is dropped and counted.
 
     Raises:
@@ -120,6 +121,8 @@ def read_task(row: Row, layout: Layout) -> dict[str, Any]:
     check_turns(prompt, last="user")
     answer = read_task_answer(row, layout.needs[1])
     verifier = row.value.get("verifier") or ("number" if is_number(answer) else "exact")
+    if verifier == "contains":
+        answer = "|".join(dict.fromkeys([answer, *(row.value.get("aliases") or [])]))
     if verifier not in VERIFIERS:
         raise ValueError(
             f"{row.source}: verifier={verifier!r} is unknown; choose one of {sorted(VERIFIERS)}"
@@ -224,3 +227,37 @@ TASK_LAYOUTS = [
         lambda row: read_user(row, "column_1"), "What is 2+2?<TAB>4",
     ),
 ]  # fmt: skip
+
+
+def fit_pairs(rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary) -> list[dict]:
+    """Pairs whose two sides fit `max_length` tokens; the others are counted in `summary`.
+
+    TRL's trainers would leave such pairs out (RewardTrainer) or cut them (DPOTrainer) in silence.
+    """
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        sides = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
+        ids = tokenizer.apply_chat_template(sides)["input_ids"]
+        if max(map(len, ids)) > max_length:
+            summary.drop(f"longer than max_length={max_length} tokens", f"pair {number}")
+        else:
+            kept.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
+    summary.rows_kept = len(kept)
+    summary.check_kept()
+    return kept
+
+
+def fit_prompts(
+    rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary
+) -> list[dict]:
+    """Prompts of at most `max_length` tokens; the others are counted in `summary`."""
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        if len(ids) > max_length:
+            summary.drop(f"prompt longer than {max_length} tokens", f"prompt {number}")
+        else:
+            kept.append(row)
+    summary.rows_kept = len(kept)
+    summary.check_kept()
+    return kept

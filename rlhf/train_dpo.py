@@ -19,9 +19,9 @@ import stages
 from pretrain.callbacks import watch
 from pretrain.eval import share_with_interval
 from pretrain.hardware import quiet_logs, training_defaults
-from rlhf.data import load_pairs
 from rlhf.eval import evaluate_policy
-from sft.model import load_model, make_lora_config
+from rlhf.train_reward import load_pairs
+from sft.model import complete_head, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
 
@@ -65,6 +65,7 @@ def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) 
         processing_class=tokenizer,
         peft_config=make_lora_config(model_args, tokenizer),
     )
+    complete_head(trainer.model)
     watch(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     accuracy = trainer.evaluate()["eval_rewards/accuracies"]

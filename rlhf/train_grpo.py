@@ -22,10 +22,10 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 import stages
 from pretrain.callbacks import watch
 from pretrain.hardware import quiet_logs, training_defaults
-from rlhf.data import load_prompts, load_tasks
+from rlhf.data import fit_prompts, load_prompts, load_tasks
 from rlhf.eval import evaluate_policy
 from rlhf.reward_functions import REWARD_FUNCTIONS
-from sft.model import load_model, make_lora_config
+from sft.model import complete_head, context_length, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
 
@@ -64,16 +64,18 @@ def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig
     )
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base)
-    rows, summary = load_rows_for(args)
     model = load_model(model_args, tokenizer)
+    room = context_length(model) - training_args.max_completion_length
+    tasks, summary = load_data(args, tokenizer, room)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=[REWARD_FUNCTIONS.get(name, name) for name in args.reward_funcs],
         args=training_args,
-        train_dataset=fit_prompts(rows, model, tokenizer, training_args.max_completion_length),
+        train_dataset=tasks,
         processing_class=tokenizer,
         peft_config=make_lora_config(model_args, tokenizer),
     )
+    complete_head(trainer.model)
     watch(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     parity = save_chat_model(trainer, tokenizer, base)
@@ -84,42 +86,20 @@ def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig
         run.finish(metrics, data=summary.to_dict(), **parity)
 
 
-def load_rows_for(args: GRPOArguments):
-    """Tasks where a verifier pays, plain prompts where only reward models do."""
+def load_data(args: GRPOArguments, tokenizer, max_prompt_length: int):
+    """Tasks where a verifier pays, plain prompts where only reward models do; and the summary."""
     if "verifier" not in args.reward_funcs:
-        return load_prompts(args.data_files)
-    rows, summary = load_tasks(args.data_files)
-    if args.max_level is not None:
-        rows = [row for row in rows if row["level"] <= args.max_level]
-        summary.drop(f"level above max_level={args.max_level}", "data_files")
-    if not rows:
-        raise ValueError(f"no task has a level of at most max_level={args.max_level}")
-    return rows, summary
-
-
-def fit_prompts(rows: list[dict], model, tokenizer, max_completion_length: int) -> Dataset:
-    """Prompts that leave room for an answer in the model's context; the others are counted.
-
-    Raises:
-        ValueError: no prompt is left.
-    """
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = context - max_completion_length
-    lengths = [
-        len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"])
-        for row in rows
-    ]
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+        rows, summary = load_prompts(args.data_files)
+    else:
+        rows, summary = load_tasks(args.data_files)
+        for row in rows if args.max_level is not None else []:
+            if row["level"] > args.max_level:
+                summary.drop(f"level above max_level={args.max_level}", row["kind"])
+        rows = [r for r in rows if args.max_level is None or r["level"] <= args.max_level]
+    rows = fit_prompts(rows, tokenizer, max_prompt_length, summary)
     if stages.is_main_process():
-        print(
-            f"prompts  {len(kept):,} of {len(rows):,} leave room for {max_completion_length} tokens"
-        )
-    if not kept:
-        raise ValueError(
-            f"no prompt leaves room for max_completion_length={max_completion_length} in the "
-            f"model's context of {context} tokens: lower it"
-        )
-    return Dataset.from_list(kept)
+        print(summary)
+    return Dataset.from_list(rows), summary
 
 
 if __name__ == "__main__":

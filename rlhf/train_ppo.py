@@ -12,17 +12,17 @@ Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, e
 
 from dataclasses import dataclass, field
 
+from datasets import Dataset
 from transformers import set_seed
 from trl import ModelConfig
 
 import stages
 from pretrain.callbacks import watch
 from pretrain.hardware import quiet_logs, training_defaults
-from rlhf.data import load_prompts
+from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
-from rlhf.train_grpo import fit_prompts
-from sft.model import load_model, make_lora_config
+from sft.model import complete_head, context_length, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
 
@@ -51,18 +51,21 @@ def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) 
     )
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base)
-    rows, summary = load_prompts(args.data_files)
     model = load_model(model_args, tokenizer)
-    prompts = fit_prompts(rows, model, tokenizer, training_args.max_completion_length)
+    rows, summary = load_prompts(args.data_files)
+    room = context_length(model) - training_args.max_completion_length
+    rows = fit_prompts(rows, tokenizer, room, summary)
+    print(summary)
     trainer = PPOTrainer(
         model=model,
         reward_funcs=str(reward_model),
         args=training_args,
         value_model=str(reward_model),
-        train_dataset=prompts,
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=make_lora_config(model_args, tokenizer),
     )
+    complete_head(trainer.model)
     watch(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     parity = save_chat_model(trainer, tokenizer, base)

@@ -13,6 +13,7 @@ Writes  a sequence classifier with one label; metrics.jsonl, eval.json, run.json
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
@@ -20,8 +21,9 @@ import stages
 from pretrain.callbacks import watch
 from pretrain.eval import mean_with_interval, share_with_interval
 from pretrain.hardware import quiet_logs, training_defaults
-from rlhf.data import load_pairs
+from rlhf.data import fit_pairs, load_preferences
 from rlhf.eval import finished_turns, load_reward_model, read_answers, score_conversations
+from sft.data import DataSummary, split_rows
 from sft.model import check_vocabulary
 from sft.train import load_chat_tokenizer
 
@@ -69,6 +71,25 @@ def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelCo
         metrics = evaluate_reward_model(training_args.output_dir, list(test))
         metrics |= score_reference(training_args.output_dir, base)
         run.finish(metrics, data=summary.to_dict())
+
+
+def load_pairs(args, tokenizer, max_length: int):
+    """Train and test datasets of pairs, and the summary of what was read and dropped.
+
+    Args:
+        args: has `data_files`, `test_files` and `validation_share`.
+        max_length: tokens; longer pairs are dropped and counted.
+    """
+    train, summary = load_preferences(args.data_files)
+    if args.test_files:
+        test, _ = load_preferences(args.test_files)
+    else:
+        train, test = split_rows(train, args.validation_share)
+    train = fit_pairs(train, tokenizer, max_length, summary)
+    test = fit_pairs(test, tokenizer, max_length, DataSummary())
+    if stages.is_main_process():
+        print(summary)
+    return Dataset.from_list(train), Dataset.from_list(test), summary
 
 
 def evaluate_reward_model(directory: str, pairs: list[dict]) -> dict[str, dict]:

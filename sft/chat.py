@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sft.eval import load_for_generation
+from sft.model import context_length
 
 COMMANDS = "/reset forgets, /system TEXT sets the system prompt, /exit ends"
 
@@ -58,8 +59,7 @@ class Conversation:
         return reply
 
     def _room(self, ids: list[int]) -> int:
-        context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
-        return min(self.sampling["max_new_tokens"], context - len(ids))
+        return min(self.sampling["max_new_tokens"], context_length(self.model) - len(ids))
 
     def _fit(self) -> list[int]:
         """The prompt's ids; the oldest exchanges are dropped, aloud, until an answer fits."""

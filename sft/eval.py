@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import stages
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
+from sft.model import context_length
 from sft.verifiers import verify
 from tokenizer.corpus import read_documents, read_rows
 from tokenizer.eval import detect_language
@@ -117,7 +118,7 @@ def generate_answers(
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
         for row in rows
     ]
-    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    context = context_length(model)
     longest = max(range(len(rows)), key=lambda i: len(prompts[i]))
     room = context - len(prompts[longest])
     if room < 1:

@@ -40,6 +40,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens that the model can read at once; no limit where its config names none."""
+    return getattr(model.config, "max_position_embeddings", None) or 10**9
+
+
 def make_lora_config(model_args: ModelConfig, tokenizer: Any) -> LoraConfig | None:
     """The LoRA of a recipe, None for full fine-tuning.
 
@@ -54,6 +59,16 @@ def make_lora_config(model_args: ModelConfig, tokenizer: Any) -> LoraConfig | No
     vocabulary = tokenizer.get_vocab()
     config.trainable_token_indices = [vocabulary[t] for t in (IM_START, IM_END) if t in vocabulary]
     return config
+
+
+def complete_head(model: PreTrainedModel | PeftModel) -> None:
+    """Give an output head with trainable rows the `bias` that TRL's fused loss looks for.
+
+    PEFT's wrapper answers for `weight` (with the trained rows in place) and nothing else.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None
 
 
 def merge_adapter(

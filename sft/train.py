@@ -23,7 +23,7 @@ from pretrain.callbacks import watch
 from pretrain.hardware import quiet_logs, training_defaults
 from sft.data import check_chat_template, load_conversations, render, split_rows
 from sft.eval import evaluate_stage
-from sft.model import load_model, make_lora_config, merge_adapter, set_stop_tokens
+from sft.model import complete_head, load_model, make_lora_config, merge_adapter, set_stop_tokens
 
 
 @dataclass
@@ -62,6 +62,7 @@ def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) 
         processing_class=tokenizer,
         peft_config=make_lora_config(model_args, tokenizer),
     )
+    complete_head(trainer.model)
     watch(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     parity = save_chat_model(trainer, tokenizer, base)

@@ -146,6 +146,9 @@ def test_missing_file(tmp_path, monkeypatch):
     for name in ("data/generated", "data/generated/x.jsonl"):
         with pytest.raises(FileNotFoundError, match=r"python data/generate.py"):
             list(read_rows(name))
+    (tmp_path / "data/generated").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"python data/generate.py"):
+        list_files("data/generated")
     with pytest.raises(FileNotFoundError) as error:
         list(read_rows("nothing*.txt"))
     assert "generate.py" not in str(error.value)
@@ -253,9 +256,9 @@ def test_split_share(share):
 
 
 def test_split_refuses_an_empty_side():
-    with pytest.raises(ValueError, match=r"the validation side is empty"):
-        split_documents([], 0.1) if False else split_documents(["a"] * 100, 0.1)
-    with pytest.raises(ValueError, match=r"the train side is empty.*validation_share=0.1"):
+    with pytest.raises(ValueError, match=r"validation side is empty.*validation_share=0.0001"):
+        split_documents(["a"] * 100, 0.0001)
+    with pytest.raises(ValueError, match=r"train side is empty.*validation_share=0.1"):
         split_documents([], 0.1)
 
 
@@ -307,7 +310,10 @@ def test_shared_messy_tables():
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["classification/SMSSpamCollection", "messy/SMSSpamCollection_crlf"])
+@pytest.mark.parametrize("name", [
+    "classification/SMSSpamCollection",
+    "messy/SMSSpamCollection_crlf",
+])
 def test_shared_spam_as_tsv(name, tmp_path):
     (tmp_path / "spam.tsv").write_bytes((SHARED / name).read_bytes())
     rows = list(read_rows(str(tmp_path / "spam.tsv"), columns=["label", "text"]))

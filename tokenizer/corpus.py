@@ -64,8 +64,7 @@ def read_documents(
         txt_documents: what a document of a .txt file is: the "file", as a play is one text, each
             "line", or each "paragraph" between blank lines. A .dev file has a sentence a line.
 
-    Raises:
-        ValueError: a row has no text; the message has file, line, the fields found, an example.
+    Raises ValueError for a row without text, with file, line, the fields found and an example.
     """
     if txt_documents not in TXT_DOCUMENTS:
         raise ValueError(f"txt_documents={txt_documents!r}; choose one of {list(TXT_DOCUMENTS)}")
@@ -147,12 +146,13 @@ def find_files(name: str) -> list[Path]:
     is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if path.is_file() or is_saved:
         return [path]
-    if path.is_dir():
+    is_made = "data/generated" in path.absolute().as_posix()
+    if path.is_dir() and (any(path.iterdir()) or not is_made):
         return list_folder(path)
-    if matches := sorted(glob.glob(name, recursive=True)):
+    matches = [] if path.is_dir() else sorted(glob.glob(name, recursive=True))
+    if matches:
         files = [match for match in matches if Path(match).is_file()]
         return [path for match in files or matches for path in find_files(match)]
-    is_made = "data/generated" in path.absolute().as_posix()
     hint = "; make it with: python data/generate.py" if is_made else ""
     raise FileNotFoundError(f"{name}: no such file, folder or glob{hint}")
 

@@ -1,0 +1,100 @@
+"""Packing, collating, optimizers, and the numbers of evaluation."""
+
+import math
+
+import pytest
+import torch
+
+from pretrain.data import PackedCollator
+from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
+from pretrain.hardware import supports_bf16, training_defaults
+from pretrain.modeling_gpt import GPT2LMHeadModel
+from pretrain.optimizer import make_optimizer, orthogonalize
+from pretrain.prepare import pack, tokenize
+
+
+def test_packing_loses_and_makes_no_token(tokenizer):
+    documents = [f"Document {i} says {'la ' * (i % 7)}" for i in range(50)]
+    ids = list(tokenize(documents, tokenizer))
+    flat = [token for document in ids for token in document]
+    blocks = list(pack(ids, block_size=16))
+    assert [token for block in blocks for token in block] == flat[: len(flat) // 16 * 16]
+    assert {len(block) for block in blocks} == {16}
+
+
+def test_documents_stand_between_bos_and_eos(tokenizer):
+    (ids,) = tokenize(["小河 12"], tokenizer)
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer.decode(ids[1:-1]) == "小河 12"
+
+
+def test_collator_restarts_positions_and_masks_bos():
+    rows = [{"input_ids": torch.tensor([7, 8, 3, 2, 9, 9, 3, 2])}]
+    batch = PackedCollator(bos_token_id=2)(rows)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
+    assert batch["labels"].tolist() == [[7, 8, 3, -100, 9, 9, 3, -100]]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_optimizer_learns_a_sentence(tiny_config, name):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(tiny_config)
+    optimizer = make_optimizer(name, model, learning_rate=1e-2, weight_decay=0.1)
+    ids = torch.randint(
+        10, tiny_config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1)
+    )
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 5 and losses[-1] < 1.0, losses
+
+
+def test_weight_decay_spares_embeddings_norms_and_biases(tiny_config):
+    model = GPT2LMHeadModel(tiny_config)
+    matrices, others = make_optimizer("adamw", model, 1e-3, 0.1).param_groups
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(matrices["params"]) == 4 * tiny_config.n_layer
+    assert any(p is model.transformer.wte.weight for p in others["params"])
+    assert sum(len(group["params"]) for group in (matrices, others)) == len(
+        list(model.parameters())
+    )
+
+
+def test_unknown_optimizer_is_refused(tiny_config):
+    with pytest.raises(ValueError, match="'sgd' is not one of adamw, muon"):
+        make_optimizer("sgd", GPT2LMHeadModel(tiny_config), 1e-3, 0.1)
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    assert 0.5 < values.min() and values.max() < 1.3
+
+
+def test_bits_per_byte_of_a_uniform_model(tokenizer, tiny_config):
+    model = GPT2LMHeadModel(tiny_config)
+    torch.nn.init.zeros_(model.transformer.wte.weight)  # tied: every logit is 0
+    documents = ["The river runs.", "小河流过磨坊。" * 30]  # the second is longer than the context
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in documents)
+    expected = tokens * math.log2(len(tokenizer)) / sum(len(t.encode()) for t in documents)
+    assert bits_per_byte(model, tokenizer, documents)["value"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_intervals():
+    assert share_with_interval([True] * 8 + [False] * 2) == {
+        "value": 0.8, "low": pytest.approx(0.490162, abs=1e-5),
+        "high": pytest.approx(0.943318, abs=1e-5), "n": 10, "unit": "share",
+    }  # fmt: skip
+    mean = mean_with_interval([1.0, 2.0, 3.0], "nats")
+    assert (mean["value"], mean["high"]) == (2.0, pytest.approx(2 + 1.96 / math.sqrt(3), abs=1e-5))
+
+
+def test_bf16_follows_the_hardware():
+    assert training_defaults()["bf16"] == supports_bf16()
+    if not torch.cuda.is_available():
+        assert supports_bf16() == torch.cpu._is_avx512_bf16_supported()
