@@ -229,7 +229,8 @@ class Run:
         if evaluation is not None:
             write_json(self.directory / "eval.json", evaluation)
         self.record |= extra
-        self.record["wall_time_s"] = round(time.time() - self.record["started_at"], 1)
+        seconds = time.time() - self.record["started_at"] + self.record.get("earlier_s", 0)
+        self.record["wall_time_s"] = round(seconds, 1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.record["peak_memory_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)
         self.record["outputs"] = hash_outputs(self.directory)
@@ -275,6 +276,7 @@ def start_run(
         else:
             print(f"{stage}: an interrupted run goes on from {checkpoint}")
             record["resumed_from"] = [*before.get("resumed_from", []), checkpoint]
+            record["earlier_s"] = before.get("earlier_s", 0) + _time_at(checkpoint, before)
         write_json(directory / "run.json", record)
     return Run(directory, record, checkpoint)
 
@@ -358,6 +360,11 @@ def _last_checkpoint(directory: Path) -> str | None:
     return str(newest) if newest else None
 
 
+def _time_at(checkpoint: str, record: dict) -> float:
+    """Seconds that the interrupted run took to its last checkpoint."""
+    return Path(checkpoint, "trainer_state.json").stat().st_mtime - record["started_at"]
+
+
 def _clear(directory: Path) -> None:
     """Remove what an earlier run left, so that no file of it is taken for this run's."""
     for path in directory.glob("checkpoint-*"):
@@ -389,7 +396,7 @@ def _versions() -> dict[str, str]:
 def _git_commit() -> str | None:
     if shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 

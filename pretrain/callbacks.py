@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-SHOWN = ("loss", "eval_loss", "reward", "ppo/score/mean", "ppo/kl/sequence", "rewards/accuracies")
+SHOWN = ("loss", "eval_loss", "reward", "ppo/score", "ppo/kl", "rewards/accuracies")
 
 
 def watch(trainer: Trainer, *callbacks: TrainerCallback) -> None:

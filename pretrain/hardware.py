@@ -47,9 +47,8 @@ def quiet_logs() -> None:
     warnings.filterwarnings("ignore", message=".*(pin_memory|TRANSFORMERS_CACHE|lr_scheduler).*")
     for name in ("bitsandbytes", "accelerate", "DeepSpeed", "torch.distributed", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers
-
     import datasets
+    import transformers
 
     transformers.logging.set_verbosity_error()
     if not os.isatty(2):

@@ -229,7 +229,9 @@ TASK_LAYOUTS = [
 ]  # fmt: skip
 
 
-def fit_pairs(rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary) -> list[dict]:
+def fit_pairs(
+    rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary
+) -> list[dict]:
     """Pairs whose two sides fit `max_length` tokens; the others are counted in `summary`.
 
     TRL's trainers would leave such pairs out (RewardTrainer) or cut them (DPOTrainer) in silence.

@@ -350,7 +350,8 @@ def show(metric: dict, with_n: bool = False) -> str:
 def show_number(number: float, percent: bool) -> str:
     if isinstance(number, int) and not percent:
         return f"{number:,}"
-    return f"{number:.1f}" if percent or abs(number) >= 10 else f"{number:.3f}"
+    digits = 1 if percent or abs(number) >= 10 else 3
+    return f"{round(number, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def show_duration(seconds: float) -> str:

@@ -27,7 +27,21 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
         quantization_config=get_quantization_config(model_args),
     )
     check_vocabulary(model, tokenizer)
+    model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model
+
+
+def count_real_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A forward hook: positions count real tokens, also behind padding on the left.
+
+    `generate` counts so, but TRL's trainers score its answers without `position_ids`, and GPT-2
+    then counts the padding: the log-probabilities would not be those of what was sampled.
+    """
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    if kwargs.get("position_ids") is None and mask is not None and ids is not None:
+        if mask.shape == ids.shape:
+            kwargs["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+    return args, kwargs
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:

@@ -78,7 +78,8 @@ def test_unknown_key_names_the_nearest_known_one(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text("learning_rte: 1e-4\noutput_dir: x\n")
     module = importlib.import_module("sft.train")
-    with pytest.raises(ValueError, match="config file.*'learning_rte'.*did you mean 'learning_rate'"):
+    expected = "config file.*'learning_rte'.*did you mean 'learning_rate'"
+    with pytest.raises(ValueError, match=expected):
         stages.parse_args(dataclasses_of(module), ["--config", str(path)], training_defaults())
 
 

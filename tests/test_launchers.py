@@ -138,7 +138,8 @@ def test_chat_and_sample_answer(workdir, smoke):
 
 def test_deepspeed_trains_on_two_processes(workdir, smoke):
     program = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    config = ["--config", "configs/smoke/pretrain.yaml", "--output_dir", "output/smoke_zero/pretrain"]
+    config = ["--config", "configs/smoke/pretrain.yaml"]
+    config += ["--output_dir", "output/smoke_zero/pretrain"]
     words = ["--deepspeed", "configs/deepspeed/zero2.json", "--max_steps", "4", "--use_cpu", "true"]
     run([*program, "pretrain/train.py", *config, *words], workdir, DS_ACCELERATOR="cpu")
     record = json.loads((workdir / "output/smoke_zero/pretrain/run.json").read_text())

@@ -77,7 +77,7 @@ def write_all(recipe):
     answers = make_answers("fine")
     score = {"reward_score/reference": metric(0.2, 0.1, 0.3), "reward_score": metric(0.9, 0.8, 1.0)}
     write_stage(recipe, "sft", guards(), answers=answers)
-    write_stage(recipe, "reward", {"pair_accuracy": metric(0.915, 0.872, 0.944, 236)})
+    write_stage(recipe, "reward", {"pair_accuracy": metric(0.915, -1e-9, 0.944, 236)})
     write_stage(recipe, "dpo", guards() | score, answers=answers)
     log = [{"step": 1, "elapsed_s": 1, "ppo/kl": 0.5}, {"step": 2, "elapsed_s": 2, "ppo/kl": 3.25}]
     write_stage(recipe, "ppo", guards() | score | {"reward_score": metric(0.31, 0.25, 0.37)}, log)
@@ -98,7 +98,7 @@ def test_all_stages(report, tmp_path):
     page, text = make(report, tmp_path / "tiny")
     assert "5.0 million parameters" in page and "5.0 million parameters" in text
     assert "2023-11-14, 8 min 08 s in all" in text
-    assert "pair_accuracy 91.5 % [87.2, 94.4], n 236 | 1 min 01 s | 1,024 MiB" in text
+    assert "pair_accuracy 91.5 % [0.0, 94.4], n 236 | 1 min 01 s | 1,024 MiB" in text
     assert "ppo/kl 3.250" in row_of(text, "ppo") and "train_tokens 912,345" in text
     assert "No alarms" in page and "No alarms" in text and "worse +" not in text
     assert "| yes |" in row_of(text[text.index("## Reward-model") :], "dpo")

@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_only_when_nothing_changed(tmp_path, words):
     out = tmp_path / "sft"
 
     def interrupt():
-        stages.start_run("sft", out, [])
+        assert stages.start_run("sft", out, []).checkpoint is None
         for step, whole in ((5, True), (10, True), (15, False)):
             (out / f"checkpoint-{step}").mkdir(exist_ok=True)
             if whole:
