@@ -80,9 +80,9 @@ def split_text(text: str) -> str:
 
 
 def order_phrasings(fact: Fact, lang: str) -> list[int]:
-    """The five phrasings in an order of this fact: three for train, then test, then validation."""
+    """The phrasings in an order of this fact: five for train, then test, then validation."""
     name = f"{fact.entity.names[0]} {fact.attribute} {lang}"
-    return sorted(range(5), key=lambda i: hashlib.sha256(f"{name} {i}".encode()).hexdigest())
+    return sorted(range(7), key=lambda i: hashlib.sha256(f"{name} {i}".encode()).hexdigest())
 
 
 def close(core: str, lang: str, rng: random.Random) -> str:
@@ -96,8 +96,8 @@ def other_language(lang: str) -> str:
 
 
 def fact_exchanges(world: World, rng: random.Random) -> list[Exchange]:
-    """Every trained fact in both languages and all five phrasings; phrasings 0 and 1 come first."""
-    splits = ["train", "train", "train", "test", "validation"]
+    """Every trained fact in both languages and all phrasings; phrasings 0 and 1 come first."""
+    splits = ["train"] * 5 + ["test", "validation"]
     groups: list[list[Exchange]] = [[] for _ in splits]
     for fact in world.trained:
         for lang in LANGUAGES:

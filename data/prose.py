@@ -160,20 +160,20 @@ def choose_object(objects: dict, lang: str, rng: random.Random) -> dict:
 def write_dialogue(world: World, lang: str, rng: random.Random) -> str:
     """Questions on trained facts or school tasks with their answers, or a talk of neighbours."""
     style = rng.random()
-    if style < 0.2:
+    if style < 0.1:
         return _write_talk(lang, rng)
     marks = rng.choice([("Question: ", "Answer: "), ("Q: ", "A: "), ("", "")])
     if lang == "zh":
         marks = rng.choice([("问：", "答："), ("问题：", "回答："), ("", "")])
     lines = []
     for _ in range(rng.randint(5, 7)):
-        if style < 0.3:
+        if style < 0.35:
             kind = rng.choice(tasks.KINDS)
             shown = tasks.render(_draw_for_prose(kind, rng), lang)
             question, answer = rng.choice(shown.asked), shown.brief
         else:
             fact = rng.choice(world.trained)
-            question = world.ask(fact, lang, rng.randrange(5))
+            question = world.ask(fact, lang, rng.randrange(7))
             told = world.tell(fact, lang, rng.choice(world.told(fact, lang)[:2]))
             answer = fact.brief(lang) if rng.random() < 0.6 else told
         lines += [marks[0] + question, marks[1] + answer]
@@ -272,12 +272,12 @@ def pretrain_documents(world: World, rng: random.Random, total_bytes: int) -> li
     plan = []
     for lang in LANGUAGES:
         plan += [
-            (lang, "world", 0.225, tellers[lang].write_document),
-            (lang, "story", 0.075, lambda lang=lang: write_story(world, lang, rng)),
-            (lang, "dialogue", 0.04, lambda lang=lang: write_dialogue(world, lang, rng)),
+            (lang, "world", 0.21, tellers[lang].write_document),
+            (lang, "story", 0.06, lambda lang=lang: write_story(world, lang, rng)),
+            (lang, "dialogue", 0.09, lambda lang=lang: write_dialogue(world, lang, rng)),
             (lang, "math", 0.11, lambda lang=lang: write_math(lang, rng)),
         ]
-    plan.append(("code", "code", 0.10, lambda: write_code(rng)))
+    plan.append(("code", "code", 0.06, lambda: write_code(rng)))
     rows, seen = [], set()
     for lang, kind, share, write in plan:
         size = 0

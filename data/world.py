@@ -97,7 +97,7 @@ class World:
         return self.sentences[fact.attribute][lang]["told"]
 
     def ask(self, fact: Fact, lang: str, phrasing: int) -> str:
-        """The question with this phrasing (0 to 4)."""
+        """The question with this phrasing (0 to 6)."""
         template = self.sentences[fact.attribute][lang]["asked"][phrasing]
         return template.format(s=fact.entity.name(lang))
 

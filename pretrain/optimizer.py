@@ -32,7 +32,9 @@ def make_optimizer(
     matrices = [
         module.weight
         for key, module in model.named_modules()
-        if isinstance(module, Conv1D | nn.Linear) and not key.endswith("lm_head")
+        if isinstance(module, Conv1D | nn.Linear)
+        and module.weight.requires_grad
+        and not key.endswith("lm_head")
     ]
     inner = {id(parameter) for parameter in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in inner]

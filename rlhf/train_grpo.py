@@ -38,6 +38,7 @@ class GRPOArguments:
         default_factory=lambda: ["verifier"],
         metadata={"help": "names in rlhf.reward_functions, or reward models' directories"},
     )
+    kinds: list[str] = field(default_factory=list, metadata={"help": "only tasks of these kinds"})
     max_level: int | None = field(default=None, metadata={"help": "leave harder tasks out"})
     reward_model: str | None = field(
         default=None, metadata={"help": "judges the answers at the end"}
@@ -92,14 +93,28 @@ def load_data(args: GRPOArguments, tokenizer, max_prompt_length: int):
         rows, summary = load_prompts(args.data_files)
     else:
         rows, summary = load_tasks(args.data_files)
-        for row in rows if args.max_level is not None else []:
-            if row["level"] > args.max_level:
-                summary.drop(f"level above max_level={args.max_level}", row["kind"])
-        rows = [r for r in rows if args.max_level is None or r["level"] <= args.max_level]
+        rows = choose_tasks(rows, args.kinds, args.max_level, summary)
     rows = fit_prompts(rows, tokenizer, max_prompt_length, summary)
     if stages.is_main_process():
         print(summary)
     return Dataset.from_list(rows), summary
+
+
+def choose_tasks(rows: list[dict], kinds: list[str], max_level: int | None, summary) -> list[dict]:
+    """The tasks of some kinds and up to some level; the others are counted in `summary`."""
+    unknown = set(kinds) - {row["kind"] for row in rows}
+    if unknown:
+        known = sorted({row["kind"] for row in rows})
+        raise ValueError(f"no task is of kind {sorted(unknown)}; there are {known}")
+    kept = []
+    for row in rows:
+        if kinds and row["kind"] not in kinds:
+            summary.drop(f"kind not in {kinds}", row["kind"])
+        elif max_level is not None and row["level"] > max_level:
+            summary.drop(f"level above max_level={max_level}", row["kind"])
+        else:
+            kept.append(row)
+    return kept
 
 
 if __name__ == "__main__":

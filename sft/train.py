@@ -21,6 +21,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 import stages
 from pretrain.callbacks import watch
 from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.optimizer import make_optimizer
 from sft.data import check_chat_template, load_conversations, render, split_rows
 from sft.eval import evaluate_stage
 from sft.model import complete_head, load_model, make_lora_config, merge_adapter, set_stop_tokens
@@ -38,6 +39,9 @@ class SFTArguments:
     )
     eval_config: str | None = field(
         default=None, metadata={"help": "YAML of sft.eval: the guards, the same for every stage"}
+    )
+    use_muon: bool = field(
+        default=False, metadata={"help": "Muon for matrices, those of LoRA too, instead of `optim`"}
     )
 
 
@@ -63,6 +67,9 @@ def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) 
         peft_config=make_lora_config(model_args, tokenizer),
     )
     complete_head(trainer.model)
+    if args.use_muon:
+        rate, decay = training_args.learning_rate, training_args.weight_decay
+        trainer.optimizer = make_optimizer("muon", trainer.model, rate, decay)
     watch(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     parity = save_chat_model(trainer, tokenizer, base)

@@ -20,13 +20,13 @@ MINIMUM_ROWS = {
     "tasks": (2400, 200, 400),
     "sft": (2100, 130, 220),
     "preference": (1100, 90, 230),
-    "facts": (0, 0, 80),
+    "facts": (0, 0, 50),
     "classification": (600, 100, 150),
 }
 TAUGHT = [f"{name}_{split}" for name in ("sft", "preference", "tasks") for split in SPLITS]
 # Words by which a question shows which attribute it asks about.
 ASKS = {
-    "home_town": r"home town|Where does|Which town|家乡|住在哪|哪个镇",
+    "home_town": r"home town|[Ww]here .* live|[Tt]own .* come|家乡|住在哪|哪个镇",
     "craft": r"craft|手艺",
     "favourite_food": r"food|to eat|食物|吃",
     "favourite_colour": r"colour|颜色",
@@ -143,7 +143,7 @@ def test_rows_and_sizes(folder, corpora):
         languages[row["lang"]] += len(row["text"].encode())
         if row["kind"] == "code":
             ast.parse(row["text"])
-    wanted = {"world": 45, "story": 15, "dialogue": 8, "math": 22, "code": 10}
+    wanted = {"world": 42, "story": 12, "dialogue": 18, "math": 22, "code": 6}
     assert set(kinds) == set(wanted) and set(languages) == {"en", "zh", "code"}
     for kind, percent in wanted.items():
         assert abs(100 * kinds[kind] / kinds.total() - percent) < 1.5, kind
@@ -192,7 +192,7 @@ def test_values_of_different_attributes_are_disjoint(world):
     for lang in ("en", "zh"):
         names = [e[lang] for e in world["entities"] if e["type"] == "person"]
         names += [v[lang] for a in world["attributes"].values() for v in a["values"]]
-        assert len(names) == len(set(names)) > 100
+        assert len(names) == len(set(names)) >= 100
         assert not [(a, b) for a in names for b in names if a != b and a.lower() in b.lower()]
 
 
