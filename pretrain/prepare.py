@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import stages
 from pretrain.hardware import quiet_logs
-from tokenizer.corpus import read_documents, read_rows, split_documents
+from tokenizer.corpus import read_documents, split_documents
 
 BLOCKS_PER_SHARD = 65_536
 DOCUMENTS_PER_BATCH = 1_000
@@ -33,13 +33,6 @@ class PrepareArguments:
     validation_share: float = field(
         default=0.1, metadata={"help": "held out of data_files where there are no validation_files"}
     )
-    chat_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "conversations (`messages`) to mix in, rendered by the chat template"},
-    )
-    chat_epochs: int = field(
-        default=1, metadata={"help": "how often each conversation is mixed in"}
-    )
     tokenizer: str = "output/my/tokenizer"
     output_dir: str = "output/my/prepare"
     block_size: int = field(default=256, metadata={"help": "tokens a block: the model's context"})
@@ -52,7 +45,7 @@ def main(args: PrepareArguments) -> None:
     from transformers import AutoTokenizer
 
     stages.require_input(args.tokenizer, "tokenizer.json")
-    data_files = args.data_files + args.validation_files + args.chat_files
+    data_files = args.data_files + args.validation_files
     run = stages.start_run("prepare", args.output_dir, [args], [args.tokenizer], data_files)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if args.validation_files:
@@ -60,7 +53,6 @@ def main(args: PrepareArguments) -> None:
     else:
         documents = read_documents(args.data_files)
         train, validation = split_documents(documents, args.validation_share, args.seed)
-    train += render_conversations(args.chat_files, tokenizer) * args.chat_epochs
     random.Random(args.seed).shuffle(train)
 
     tokenizer.save_pretrained(args.output_dir)
@@ -74,27 +66,6 @@ def main(args: PrepareArguments) -> None:
         for name in ("documents", "tokens", "blocks", "dropped_tokens")
     }
     run.finish(counts)
-
-
-def render_conversations(chat_files: list[str], tokenizer) -> list[str]:
-    """Conversations as ChatML documents: a base model that has seen them extracts facts better.
-
-    Raises:
-        ValueError: a row has no `messages`, or a message holds a special token.
-    """
-    texts = []
-    for row in read_rows(chat_files) if chat_files else []:
-        messages = row.value.get("messages")
-        if not messages:
-            raise ValueError(
-                f"{row.source}: chat_files need rows with `messages`, this one has "
-                f"{list(row.value)}. sft.train reads other layouts"
-            )
-        for token in tokenizer.all_special_tokens:
-            if any(token in message["content"] for message in messages):
-                raise ValueError(f"{row.source}: a message holds the special token {token}")
-        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-    return texts
 
 
 def write_split(split: str, documents: list[str], tokenizer, args: PrepareArguments) -> dict:

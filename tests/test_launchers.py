@@ -35,15 +35,17 @@ if stage in ("sft", "dpo", "ppo", "grpo"):
         return_tensors="pt", return_dict=True)
     stops = model.generation_config.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stops, stops
-    class Push(LogitsProcessor):  # whatever was learned, generation has to stop at the end token
+    end, start = tokenizer.convert_tokens_to_ids("<|im_end|>"), ids["input_ids"].shape[1]
+    class SayEnd(LogitsProcessor):  # an untrained model says it as its fourth token, not before
         def __call__(self, input_ids, scores):
-            if input_ids.shape[1] == ids["input_ids"].shape[1] + 3:
-                scores[:, tokenizer.convert_tokens_to_ids("<|im_end|>")] = 1e9
+            scores[:, stops] = -1e9
+            if input_ids.shape[1] == start + 3:
+                scores[:, end] = 1e9
             return scores
     with torch.no_grad():
         out = model.generate(**ids, max_new_tokens=40, do_sample=False,
-                             suppress_tokens=stops, logits_processor=LogitsProcessorList([Push()]))
-    assert out.shape[1] <= ids["input_ids"].shape[1] + 41
+                             logits_processor=LogitsProcessorList([SayEnd()]))
+    assert out.shape[1] == start + 4 and out[0, -1] == end, out
 print("loaded", model.num_parameters())
 """
 

@@ -1,6 +1,5 @@
 """Packing, collating, optimizers, and the numbers of evaluation."""
 
-import json
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
 from pretrain.hardware import supports_bf16, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.optimizer import make_optimizer, orthogonalize
-from pretrain.prepare import pack, render_conversations, tokenize
+from pretrain.prepare import pack, tokenize
 
 
 def test_packing_loses_and_makes_no_token(tokenizer):
@@ -99,27 +98,3 @@ def test_bf16_follows_the_hardware():
     assert training_defaults()["bf16"] == supports_bf16()
     if not torch.cuda.is_available():
         assert supports_bf16() == torch.cpu._is_avx512_bf16_supported()
-
-
-def test_conversations_are_mixed_in_as_chatml(tokenizer, tmp_path):
-    path = tmp_path / "chat.jsonl"
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    path.write_text(json.dumps({"messages": turns}) + "\n")
-    (text,) = render_conversations([str(path)], tokenizer)
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
-    ids = next(tokenize([text], tokenizer))
-    assert ids.count(4) == 2 and ids.count(5) == 2, "the control tokens themselves, not their text"
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"instruction": "Hi"}, r"chat.jsonl:1: chat_files need rows with `messages`.*instruction"),
-        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, r"special token <\|im_end\|>"),
-    ],
-)
-def test_conversations_that_cannot_be_mixed_in_are_refused(tokenizer, tmp_path, row, message):
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=message):
-        render_conversations([str(path)], tokenizer)
