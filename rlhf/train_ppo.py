@@ -55,7 +55,8 @@ def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) 
     rows, summary = load_prompts(args.data_files)
     room = context_length(model) - training_args.max_completion_length
     rows = fit_prompts(rows, tokenizer, room, summary)
-    print(summary)
+    if stages.is_main_process():
+        print(summary)
     trainer = PPOTrainer(
         model=model,
         reward_funcs=str(reward_model),

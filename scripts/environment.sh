@@ -27,6 +27,4 @@ if [ ! -f "$stamp" ]; then
 fi
 # The embedded recipes need nothing from outside: no model, data set, kernel or telemetry.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONUTF8=1
-# glibc returns each large tensor to the system and fetches its pages anew at the next step; keep them.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 PATH=$PWD/.venv/bin:$PATH

@@ -15,6 +15,7 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import stages
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
+from sft.data import load_conversations
 from sft.model import context_length
 from sft.verifiers import verify
 from tokenizer.corpus import read_documents, read_rows
@@ -86,16 +88,24 @@ def evaluate_chat(model: Any, tokenizer: Any, args: EvalArguments) -> tuple[dict
 def load_prompts(args: EvalArguments) -> list[dict]:
     """Held-out prompts: conversations without their last turn, factual questions, tasks."""
     rows = []
-    for source in ("chat", "fact", "task"):
-        files = getattr(args, f"{source}_files")
-        for row in [row.value for row in read_rows(files)][: args.max_rows] if files else []:
-            if source == "chat":
-                *prompt, last = row.pop("messages")
-                row |= {"prompt": prompt, "reference": last["content"]}
-            else:
-                row["reference"] = row["answer"]
-            row["lang"] = detect_language(row["prompt"][-1]["content"])
-            rows.append(row | {"source": source})
+    for conversation in load_conversations(args.chat_files)[0] if args.chat_files else []:
+        *prompt, last = conversation.pop("messages")
+        rows.append(conversation | {"prompt": prompt, "reference": last["content"]})
+    rows = [row | {"source": "chat"} for row in rows[: args.max_rows]]
+    for source, files in (("fact", args.fact_files), ("task", args.task_files)):
+        for row in islice(read_rows(files) if files else [], args.max_rows):
+            missing = {"prompt", "answer", "verifier"} - set(row.value)
+            if missing:
+                raise ValueError(
+                    f"{row.source}: a held-out {source} needs prompt, answer and verifier; "
+                    f"{', '.join(sorted(missing))} is missing. Example: "
+                    '{"prompt": [{"role": "user", "content": "1 + 1"}], "answer": "2", '
+                    '"verifier": "number"}'
+                )
+            reference = {"reference": row.value["answer"], "source": source}
+            rows.append({"level": 1, "kind": source} | row.value | reference)
+    for row in rows:
+        row["lang"] = detect_language(row["prompt"][-1]["content"])
     if not rows:
         raise ValueError("nothing to measure: set chat_files, fact_files or task_files")
     return rows
