@@ -63,11 +63,11 @@ def parse_args(
     Args:
         dataclass_types: dataclasses that own the known keys; no two may share a key.
         argv: the words of the command line; None takes those of this process.
-        defaults: defaults that depend on the machine; a YAML or a flag overrides them.
+        defaults: what depends on the machine; a YAML or a flag overrides it.
 
     Raises:
         FileNotFoundError: the YAML does not exist.
-        ValueError: a key or a flag that no dataclass has (the message names the nearest one).
+        ValueError: a key or a flag that no dataclass has; the message names the nearest one.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report each run otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # of keys that TRL itself sets
@@ -220,9 +220,7 @@ class Run:
     def finish(self, evaluation: dict[str, dict] | None = None, **extra: Any) -> None:
         """Write eval.json and, last, run.json with `"finished": true` (main process only).
 
-        Args:
-            evaluation: {metric: {"value", "low", "high", "n", "unit"}}.
-            extra: further entries of run.json.
+        `evaluation` is {metric: {"value", "low", "high", "n", "unit"}}, `extra` goes to run.json.
         """
         if not is_main_process():
             return
@@ -276,7 +274,8 @@ def start_run(
         else:
             print(f"{stage}: an interrupted run goes on from {checkpoint}")
             record["resumed_from"] = [*before.get("resumed_from", []), checkpoint]
-            record["earlier_s"] = before.get("earlier_s", 0) + _time_at(checkpoint, before)
+            saved_at = Path(checkpoint, "trainer_state.json").stat().st_mtime
+            record["earlier_s"] = before.get("earlier_s", 0) + saved_at - before["started_at"]
         write_json(directory / "run.json", record)
     return Run(directory, record, checkpoint)
 
@@ -346,8 +345,7 @@ def read_json(path: str | os.PathLike) -> dict | None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON beside the file and rename it into place: whole, or not at all."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".partial")
+    beside = Path(f"{path}.partial")
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
@@ -358,11 +356,6 @@ def _last_checkpoint(directory: Path) -> str | None:
     whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     return str(newest) if newest else None
-
-
-def _time_at(checkpoint: str, record: dict) -> float:
-    """Seconds that the interrupted run took to its last checkpoint."""
-    return Path(checkpoint, "trainer_state.json").stat().st_mtime - record["started_at"]
 
 
 def _clear(directory: Path) -> None:

@@ -37,7 +37,7 @@ def count_real_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     `generate` counts so, but TRL's trainers score its answers without `position_ids`, and GPT-2
     then counts the padding: the log-probabilities would not be those of what was sampled.
     """
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+    mask, ids = kwargs.get("attention_mask"), args[0] if args else kwargs.get("input_ids")
     if kwargs.get("position_ids") is None and mask is not None and ids is not None:
         if mask.shape == ids.shape:
             kwargs["position_ids"] = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)

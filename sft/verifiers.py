@@ -69,6 +69,7 @@ def check_answer(answer: str, verifier: str) -> None:
 
 
 def verify_number(completion: str, answer: str) -> bool:
+    """The last number of the completion equals the answer, as a value: 1,000 is 1000."""
     expected = find_number(answer)
     if expected is None:
         raise ValueError(f"answer {answer!r} has no number; use another verifier")
@@ -95,6 +96,7 @@ def is_number(text: str) -> bool:
 
 
 def parse_number(match: re.Match | None) -> Fraction | None:
+    """The value of a match, or None."""
     # A policy that babbles writes thousands of digits; Python refuses to parse beyond 4,300.
     if match is None or len(match.group()) > 1000:
         return None
@@ -108,6 +110,7 @@ def parse_number(match: re.Match | None) -> Fraction | None:
 
 
 def verify_yes_no(completion: str, answer: str) -> bool:
+    """The first yes or no of the completion, English or Chinese, is the answer."""
     expected = find_verdict(answer)
     if expected is None:
         raise ValueError(f"answer {answer!r} is no yes or no; write 'yes', 'no', '是' or '否'")
@@ -122,6 +125,7 @@ def find_verdict(text: str) -> bool | None:
 
 
 def verify_sequence(completion: str, answer: str) -> bool:
+    """The last run of numbers equals the answer, in the same order."""
     expected = find_sequence(answer)
     if expected is None:
         raise ValueError(f"answer {answer!r} is no sequence; write '1, 2, 3'")
@@ -137,15 +141,18 @@ def find_sequence(text: str) -> list[Fraction] | None:
 
 
 def verify_exact(completion: str, answer: str) -> bool:
+    """Equal, but for white space and a final full stop."""
     return strip_stop(completion) == strip_stop(answer)
 
 
 def strip_stop(text: str) -> str:
+    """A text without its outer white space and final full stop."""
     text = text.strip()
     return text[:-1].rstrip() if text.endswith((".", "。")) else text
 
 
 def verify_contains(completion: str, answer: str) -> bool:
+    """An alias of the answer (separated by "|") occurs in the completion."""
     aliases = [alias.strip() for alias in answer.split("|")]
     if not all(aliases):
         raise ValueError(f"answer {answer!r} has an empty alias, which every text contains")
@@ -154,6 +161,7 @@ def verify_contains(completion: str, answer: str) -> bool:
 
 
 def find_alias(alias: str, text: str) -> bool:
+    """Whether an alias occurs, as a word of its own where it is Latin."""
     # Chinese is written without spaces: its characters need no border and make one for Latin.
     letter = r"[^\W_\u3040-\u30ff\u3400-\u9fff]"
     before = rf"(?<!{letter})(?<![0-9][.,])" if re.match(letter, alias) else ""

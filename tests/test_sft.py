@@ -82,7 +82,7 @@ def test_lora_trains_the_chat_tokens_and_merges(base_dir, chat_tokenizer, tmp_pa
         model_name_or_path=str(base_dir), use_peft=True, lora_r=8, load_in_4bit=four_bits,
         use_bnb_nested_quant=True,
     )  # fmt: skip
-    trainer = make_trainer(base_dir, chat_tokenizer, tmp_path, model_args, max_steps=60)
+    trainer = make_trainer(base_dir, chat_tokenizer, tmp_path, model_args, max_steps=150)
     if four_bits:
         kinds = {type(module).__name__ for module in trainer.model.modules()}
         assert "Linear4bit" in kinds
