@@ -7,7 +7,7 @@ Writes  a model directory that from_pretrained loads; metrics.jsonl, eval.json, 
     accelerate launch --config_file configs/launch/cpu.yaml \
         -m pretrain.train --config configs/tiny/pretrain.yaml
     deepspeed --num_gpus 2 pretrain/train.py --config configs/tiny/pretrain.yaml \
-        --deepspeed configs/deepspeed/zero2.json
+        --deepspeed configs/deepspeed/zero2.json --optimizer adamw
 """
 
 import json
@@ -66,9 +66,15 @@ class PretrainTrainer(Trainer):
         self.optimizer_name = optimizer_name
 
     def create_optimizer(self, model=None):
-        """AdamW or Muon over the model's parameters."""
+        """AdamW or Muon over the model's parameters.
+
+        Raises:
+            ValueError: Muon under DeepSpeed, whose ZeRO flattens the matrices that Muon needs.
+        """
         if self.optimizer is None:
             args = self.args
+            if self.optimizer_name == "muon" and args.deepspeed:
+                raise ValueError("ZeRO flattens the matrices that Muon needs: --optimizer adamw")
             self.optimizer = make_optimizer(
                 self.optimizer_name,
                 self.model if model is None else model,

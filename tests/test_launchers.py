@@ -143,6 +143,7 @@ def test_deepspeed_trains_on_two_processes(workdir, smoke):
     config = ["--config", "configs/smoke/pretrain.yaml"]
     config += ["--output_dir", "output/smoke_zero/pretrain"]
     words = ["--deepspeed", "configs/deepspeed/zero2.json", "--max_steps", "4", "--use_cpu", "true"]
+    words += ["--optimizer", "adamw"]
     run([*program, "pretrain/train.py", *config, *words], workdir, DS_ACCELERATOR="cpu")
     record = json.loads((workdir / "output/smoke_zero/pretrain/run.json").read_text())
     assert record["finished"] and "model.safetensors" in record["outputs"]
