@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -71,6 +72,7 @@ def parse_args(
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report each run otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # of keys that TRL itself sets
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, aloud
     from trl import TrlParser
 
     argv = [part for word in (sys.argv[1:] if argv is None else argv) for part in _split(word)]
@@ -373,12 +375,9 @@ def _wait_for_all_processes() -> None:
 
 
 def _non_defaults(arguments: Any) -> dict[str, Any]:
-    changed = {}
-    for field in dataclasses.fields(arguments):
-        value = getattr(arguments, field.name, None)
-        if field.init and value != field.default and value not in ([], {}, None):
-            changed[field.name] = value
-    return changed
+    fields = [field for field in dataclasses.fields(arguments) if field.init]
+    values = ((field, getattr(arguments, field.name, None)) for field in fields)
+    return {f.name: v for f, v in values if v != f.default and v not in ([], {}, None)}
 
 
 def _versions() -> dict[str, str]:

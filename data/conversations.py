@@ -19,13 +19,13 @@ SYSTEM_SHARE = 0.2
 COUNTS = {
     "train": {
         "fact": 1150,
-        "task": 290,
+        "task": 120,
         "explanation": 200,
-        "greeting": 190,
+        "greeting": 220,
         "identity": 90,
         "unsafe": 130,
         "unknown": 90,
-        "story": 210,
+        "story": 260,
     },
     "validation": {
         "fact": 76,

@@ -19,7 +19,7 @@ from preferences import preference_rows
 from prose import pretrain_documents
 from world import FOLDER, LANGUAGES, World, read_json
 
-PRETRAIN_BYTES = 3_270_000
+PRETRAIN_BYTES = 8_000_000
 VALIDATION_BYTES = 150_000
 SPLITS = ("train", "validation", "test")
 TASKS_PER_LEVEL = {
@@ -27,7 +27,7 @@ TASKS_PER_LEVEL = {
     "validation": {1: 9, 2: 9, 3: 3},
     "test": {1: 18, 2: 18, 3: 6},
 }
-PREFERENCES = {"train": 1090, "validation": 96, "test": 236}
+PREFERENCES = {"train": 1400, "validation": 96, "test": 236}
 LETTERS = {"train": 600, "validation": 100, "test": 150}
 
 

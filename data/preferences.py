@@ -1,7 +1,8 @@
 """Preference pairs: the full polite answer against one flaw.
 
-About a third of the rejected answers are merely curt; wrong values come in the full style, so that
-length alone does not tell which answer is better.
+About a third of the rejected answers are merely curt. Some state a wrong value in the full style;
+they are few, because a reward model of this size cannot tell (a model of four layers recalls a fact
+in its last ones, which leaves none to compare it with what is said).
 """
 
 import random
@@ -10,13 +11,13 @@ from conversations import COUNTS, TEXTS, Exchange
 
 # Share of each flaw in percent, and the topics it is drawn from.
 FLAWS = {
-    "curt": (33, ["fact"] * 4 + ["task", "explanation", "greeting"]),
-    "wrong": (21, ["fact"] * 3 + ["task"]),
-    "rude": (15, ["fact"] * 3 + ["task", "explanation", "greeting", "identity", "unknown"]),
-    "repetitive": (9, ["fact"] * 3 + ["explanation", "story", "identity"]),
-    "language": (9, ["fact"] * 3 + ["explanation", "greeting", "identity"]),
-    "unsafe": (10, ["unsafe"]),
-    "unfinished": (3, ["fact", "explanation", "story"]),
+    "curt": (34, ["fact"] * 4 + ["task", "explanation", "greeting"]),
+    "wrong": (8, ["fact"] * 3 + ["task"]),
+    "rude": (17, ["fact"] * 3 + ["task", "explanation", "greeting", "identity", "unknown"]),
+    "repetitive": (11, ["fact"] * 3 + ["explanation", "story", "identity"]),
+    "language": (15, ["fact"] * 3 + ["explanation", "greeting", "identity"]),
+    "unsafe": (9, ["unsafe"]),
+    "unfinished": (6, ["fact", "explanation", "story"]),
 }
 
 
@@ -27,8 +28,10 @@ def preference_rows(
     available = {topic: [e for e in pools[topic] if e.split == split] for topic in COUNTS[split]}
     rows, seen = [], set()
     for flaw, (percent, topics) in FLAWS.items():
-        made = 0
-        while made < round(count * percent / 100):
+        made, wanted = 0, round(count * percent / 100)
+        for _ in range(100 * wanted):
+            if made == wanted:
+                break
             exchange = rng.choice(available[rng.choice(topics)])
             rejected = spoil(exchange, flaw, rng)
             if rejected is None or rejected == exchange.full or (exchange.user, rejected) in seen:
@@ -47,6 +50,8 @@ def preference_rows(
             seen.add((exchange.user, rejected))
             rows.append(row)
             made += 1
+        if made < wanted:
+            raise ValueError(f"{split} wants {wanted} pairs with flaw {flaw!r}, there are {made}")
     return rows
 
 

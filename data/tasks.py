@@ -140,7 +140,8 @@ def render(problem: Problem, lang: str, name: str = "Momo") -> Rendering:
     fields = _fields(problem, lang) | {"n": name}
     fields["told"] = texts["told"].format(**fields)
     answer = fields["answer"]
-    brief = fields["yes"] + ("." if lang == "en" else "。") if "yes" in fields else answer
+    brief = "{yes}." if lang == "en" else "{yes}。"
+    brief = texts.get("brief", brief if "yes" in fields else "{answer}").format(**fields)
     return Rendering(
         asked=[template.format(**fields) for template in texts["asked"]],
         answer=answer,
@@ -204,7 +205,9 @@ def _format_fields(form: str, words: list[str]) -> dict:
 
 def _say_yes(truth: bool, lang: str) -> dict:
     word = {"en": ("no", "yes"), "zh": ("不是", "是")}[lang][truth]
-    return {"answer": word, "yes": word.capitalize(), "no_caps": word}
+    # "so": inside a Chinese sentence a bare 是 would be read as "is".
+    so = "是的" if word == "是" else word
+    return {"answer": word, "yes": word.capitalize(), "no_caps": word, "so": so}
 
 
 def task_rows(split: str, per_level: dict[int, int], rng: random.Random) -> list[dict]:

@@ -4,12 +4,15 @@ Configs say what is trained and never name a dtype or a device: that is decided 
 capability, and can still be overridden by a flag.
 """
 
+import ctypes
 import logging
 import os
 import sys
 import warnings
 
 import torch
+
+from pretrain.attention import BLOCKWISE
 
 
 def training_defaults() -> dict:
@@ -39,12 +42,42 @@ def supports_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def choose_attention() -> str:
+    """The attention that computes fastest here: "flash_attention_2" where it is installed for a
+    GPU, else torch's fused kernel there, and blocks of plain products on a CPU.
+    """
+    if torch.cuda.is_available():
+        from transformers.utils import is_flash_attn_2_available
+
+        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    return BLOCKWISE if training_defaults()["use_cpu"] else "sdpa"
+
+
+def set_up_process() -> None:
+    """What every stage does first: quiet logs, and memory that stays with the process."""
+    quiet_logs()
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of handing each back to the system.
+
+    A training step allocates the same tensors again and again; giving every page back and
+    faulting it in anew costs a CPU up to a seventh of the step.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # not in musl
+        libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no mapping for large blocks
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
+
+
 def quiet_logs() -> None:
     """Silence what third parties print on every normal run; errors and our own lines stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*(pin_memory|TRANSFORMERS_CACHE|lr_scheduler).*")
+    unneeded = ".*(pin_memory|TRANSFORMERS_CACHE|lr_scheduler|fan_in_fan_out).*"
+    warnings.filterwarnings("ignore", message=unneeded)
     for name in ("bitsandbytes", "accelerate", "DeepSpeed", "torch.distributed", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets

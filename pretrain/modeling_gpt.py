@@ -21,6 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out)
 from transformers.utils.generic import can_return_tuple
 
+from pretrain.loss import next_token_loss
+
 
 def attend(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Plain attention, softmax(Q K^T / sqrt(d) + mask) V (Vaswani et al. 2017, equation 1).
@@ -246,6 +248,8 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             labels: (B, T), not shifted; -100 is ignored. `labels[:, t]` is predicted at t - 1.
             logits_to_keep: compute logits of the last so many positions only; 0 is all.
 
+        In training, with labels, the loss is fused with the head and the logits are None.
+
         The other arguments are those of `GPT2Model.forward`.
         """
         if use_cache is None:  # a loss needs no cache, and a cache hides packed documents
@@ -263,9 +267,13 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[:, logits_to_keep]
         elif logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if self.training and labels is not None:
+            count = kwargs.get("num_items_in_batch")
+            loss = next_token_loss(hidden_states, self.lm_head.weight, labels, count)
+        else:
+            logits = self.lm_head(hidden_states)
+        if logits is not None and labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values

@@ -1,5 +1,7 @@
 """Optimizers for pretraining: AdamW, and Muon for the matrices with AdamW for the rest."""
 
+from collections import defaultdict
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -75,22 +77,35 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            update = self._muon_update if group["use_muon"] else self._adam_update
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                change = update(parameter, group)
+            trained = [p for p in group["params"] if p.grad is not None]
+            update = self._muon_updates if group["use_muon"] else self._adam_updates
+            for parameter, change in zip(trained, update(trained, group), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(change, alpha=-group["lr"])
         return loss
 
-    def _muon_update(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
+    def _muon_updates(self, parameters: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
+        """The change of each matrix; those of one shape are orthogonalized in one batch."""
+        changes = [torch.empty(0)] * len(parameters)
+        by_shape = defaultdict(list)
+        for index, parameter in enumerate(parameters):
+            by_shape[parameter.shape].append(index)
+        for shape, indices in by_shape.items():
+            directions = torch.stack([self._direction(parameters[i], group) for i in indices])
+            scaled = orthogonalize(directions) * (0.2 * max(shape) ** 0.5)
+            for index, change in zip(indices, scaled, strict=True):
+                changes[index] = change
+        return changes
+
+    def _direction(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        direction = parameter.grad.lerp(state["momentum"], group["momentum"])
-        return orthogonalize(direction) * (0.2 * max(direction.shape) ** 0.5)
+        return parameter.grad.lerp(state["momentum"], group["momentum"])
+
+    def _adam_updates(self, parameters: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
+        return [self._adam_update(parameter, group) for parameter in parameters]
 
     def _adam_update(self, parameter: torch.Tensor, group: dict) -> torch.Tensor:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
@@ -106,21 +121,21 @@ class Muon(torch.optim.Optimizer):
         return state["mean"] / (1 - beta1**step) / scale
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly, by a quintic Newton-Schulz iteration.
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices, roughly, by a quintic Newton-Schulz iteration.
 
     Singular values land between about 0.7 and 1.2, which is all that Muon needs.
 
     Args:
-        matrix: (rows, columns).
+        matrices: (..., rows, columns).
         steps: iterations.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: steepest slope at zero
-    x = matrix.bfloat16() if supports_bf16() else matrix
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+    x = matrices.bfloat16() if supports_bf16() else matrices
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    return (x if wide else x.mT).to(matrices.dtype)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import stages
-from pretrain.hardware import quiet_logs
+from pretrain.hardware import set_up_process
 from tokenizer.corpus import read_documents, split_documents
 
 BLOCKS_PER_SHARD = 65_536
@@ -41,7 +41,7 @@ class PrepareArguments:
 
 def main(args: PrepareArguments) -> None:
     """Read, split, shuffle, tokenize, pack, record."""
-    quiet_logs()
+    set_up_process()
     from transformers import AutoTokenizer
 
     stages.require_input(args.tokenizer, "tokenizer.json")

@@ -28,7 +28,7 @@ import stages
 from pretrain.callbacks import Throughput, watch
 from pretrain.data import PackedCollator, load_blocks
 from pretrain.eval import evaluate_language_model
-from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.optimizer import make_optimizer
 from pretrain.sample import SAMPLE_PROMPTS, continue_text
@@ -87,7 +87,7 @@ class PretrainTrainer(Trainer):
 
 def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     """Load blocks and model, train or resume, save, evaluate, record."""
-    quiet_logs()
+    set_up_process()
     stages.check_world_size(training_args.world_size)
     stages.require_input(args.data_dir, "train-*.parquet", "validation-*.parquet", "tokenizer.json")
     run = stages.start_run(
@@ -132,7 +132,10 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
         stages.require_input(args.model_name_or_path, "config.json")
         stages.require_same_tokenizer(args.data_dir, args.model_name_or_path)
         model, loaded = family.from_pretrained(
-            args.model_name_or_path, dtype=torch.float32, output_loading_info=True
+            args.model_name_or_path,
+            dtype=torch.float32,
+            attn_implementation=choose_attention(),
+            output_loading_info=True,
         )
         if loaded["missing_keys"] or loaded["unexpected_keys"]:
             raise ValueError(f"{args.model_name_or_path} does not hold this model: {loaded}")
@@ -148,10 +151,8 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
             f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")
         }
         config = AutoConfig.for_model(args.model_type, **special, **sizes)
-        if args.model_type == "gpt2":
-            model = GPT2LMHeadModel(config)
-        else:
-            model = AutoModelForCausalLM.from_config(config)
+        make = GPT2LMHeadModel._from_config if args.model_type == "gpt2" else family.from_config
+        model = make(config, attn_implementation=choose_attention())
         model.generation_config = GenerationConfig(**special)
     if model.config.vocab_size < len(tokenizer):
         raise ValueError(

@@ -243,7 +243,8 @@ def fit_pairs(
         if max(map(len, ids)) > max_length:
             summary.drop(f"longer than max_length={max_length} tokens", f"pair {number}")
         else:
-            kept.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
+            columns = ("prompt", "chosen", "rejected", "flaw")
+            kept.append({key: row[key] for key in columns if key in row})
     summary.rows_kept = len(kept)
     summary.check_kept()
     return kept

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 import stages
 from pretrain.callbacks import watch
 from pretrain.eval import share_with_interval
-from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.hardware import set_up_process, training_defaults
 from rlhf.eval import evaluate_policy
 from rlhf.train_reward import load_pairs
 from sft.model import complete_head, load_model, make_lora_config
@@ -40,7 +40,7 @@ class DPOArguments:
 
 def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
-    quiet_logs()
+    set_up_process()
     stages.check_world_size(training_args.world_size)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     inputs = [base]

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 import stages
 from pretrain.callbacks import watch
-from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts, load_tasks
 from rlhf.eval import evaluate_policy
 from rlhf.reward_functions import REWARD_FUNCTIONS
@@ -48,7 +48,7 @@ class GRPOArguments:
 
 def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
     """Load tasks and models, train or resume, merge and save, evaluate, record."""
-    quiet_logs()
+    set_up_process()
     stages.check_world_size(training_args.world_size)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     judges = [name for name in args.reward_funcs if name not in REWARD_FUNCTIONS]

@@ -18,7 +18,7 @@ from trl import ModelConfig
 
 import stages
 from pretrain.callbacks import watch
-from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
 from rlhf.ppo_trainer import PPOConfig, PPOTrainer
@@ -37,7 +37,7 @@ class PPOArguments:
 
 def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     """Load prompts and models, train or resume, merge and save, evaluate, record."""
-    quiet_logs()
+    set_up_process()
     stages.check_world_size(training_args.world_size)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     reward_model = stages.require_input(args.reward_model, "config.json", "tokenizer.json")

@@ -10,6 +10,7 @@ Writes  a sequence classifier with one label; metrics.jsonl, eval.json, run.json
         --deepspeed configs/deepspeed/zero2.json
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 import stages
 from pretrain.callbacks import watch
 from pretrain.eval import mean_with_interval, share_with_interval
-from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from rlhf.data import fit_pairs, load_preferences
 from rlhf.eval import finished_turns, load_reward_model, read_answers, score_conversations
 from sft.data import DataSummary, split_rows
@@ -41,7 +42,7 @@ class RewardArguments:
 
 def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, save, evaluate, record."""
-    quiet_logs()
+    set_up_process()
     stages.check_world_size(training_args.world_size)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     run = stages.start_run(
@@ -55,7 +56,11 @@ def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelCo
     tokenizer = load_chat_tokenizer(base)
     train, test, summary = load_pairs(args, tokenizer, training_args.max_length)
     model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+        base,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+        attn_implementation=model_args.attn_implementation or choose_attention(),
     )
     check_vocabulary(model, tokenizer)
     trainer = RewardTrainer(
@@ -93,17 +98,24 @@ def load_pairs(args, tokenizer, max_length: int):
 
 
 def evaluate_reward_model(directory: str, pairs: list[dict]) -> dict[str, dict]:
-    """Share of held-out pairs in the right order, and the mean margin chosen - rejected."""
+    """Share of held-out pairs in the right order, and the mean margin chosen - rejected.
+
+    The share also by `flaw`, where the pairs say what is bad about the rejected answer.
+    """
     scorer = load_reward_model(directory)
     chosen, rejected = (
         score_conversations(*scorer, [pair["prompt"] + pair[side] for pair in pairs])
         for side in ("chosen", "rejected")
     )
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
+    by_flaw = defaultdict(list)
+    for pair, margin in zip(pairs, margins, strict=True):
+        if pair.get("flaw"):
+            by_flaw[f"pair_accuracy/{pair['flaw']}"].append(margin > 0)
     return {
         "pair_accuracy": share_with_interval(margin > 0 for margin in margins),
         "margin": mean_with_interval(margins, "reward-model score"),
-    }
+    } | {name: share_with_interval(hits) for name, hits in sorted(by_flaw.items())}
 
 
 def score_reference(directory: str, base) -> dict[str, dict]:

