@@ -1,6 +1,7 @@
 """Packed blocks for the trainer."""
 
 import os
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +18,14 @@ def load_blocks(data_dir: str | os.PathLike, split: str) -> Dataset:
     """
     shards = sorted(Path(data_dir).glob(f"{split}-*.parquet"))
     return Dataset(pq.read_table(shards, memory_map=True)).with_format("torch")
+
+
+def unpack_documents(blocks: Dataset, tokenizer, limit: int) -> list[str]:
+    """The text of the first `limit` whole documents of packed blocks, in their order."""
+    ids = [token for block in blocks["input_ids"] for token in block.tolist()]
+    starts = [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id]
+    documents = (ids[start:end] for start, end in pairwise(starts))
+    return tokenizer.batch_decode(list(islice(documents, limit)), skip_special_tokens=True)
 
 
 class PackedCollator:

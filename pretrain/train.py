@@ -26,7 +26,7 @@ from transformers import (
 
 import stages
 from pretrain.callbacks import Throughput, watch
-from pretrain.data import PackedCollator, load_blocks
+from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import evaluate_language_model
 from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
@@ -50,7 +50,7 @@ class PretrainArguments:
     )
     optimizer: str = field(default="muon", metadata={"help": "muon or adamw"})
     eval_documents: int = field(
-        default=400, metadata={"help": "held-out windows measured at the end"}
+        default=400, metadata={"help": "held-out documents measured at the end"}
     )
 
     def __post_init__(self):
@@ -114,8 +114,8 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     if not trainer.is_world_process_zero():
         return
     model = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype=torch.float32)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in validation["input_ids"]]
-    metrics = evaluate_language_model(model, tokenizer, texts[: args.eval_documents])
+    texts = unpack_documents(validation, tokenizer, args.eval_documents)
+    metrics = evaluate_language_model(model, tokenizer, texts)
     samples = [continue_text(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
     run.finish(metrics, parameters=model.num_parameters(), samples=samples)
 

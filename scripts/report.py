@@ -36,7 +36,7 @@ HEADLINES = {
     "prepare": ("train_tokens", "validation_tokens"),
     "pretrain": ("bits_per_byte", "bits_per_byte/en", "bits_per_byte/zh"),
     "sft": ("stop_rate", "fact_accuracy", "task_accuracy", "language_match"),
-    "reward": ("pair_accuracy",),
+    "reward": ("pair_accuracy", "pair_accuracy/wrong"),
     "dpo": ("implicit_pair_accuracy", "reward_score", "reward_score/gain"),
     "ppo": ("reward_score", "reward_score/gain", "ppo/kl", "stop_rate"),
     "grpo": (

@@ -17,7 +17,8 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where the recipe says `load_in_4bit`.
 
     Raises:
-        ValueError: tokenizer and model do not belong together, or 4 bits without LoRA.
+        ValueError: tokenizer and model do not belong together, 4 bits without LoRA, or widths
+            that bitsandbytes cannot pack into 4 bits on a CPU.
     """
     if model_args.load_in_4bit and not model_args.use_peft:
         raise ValueError("load_in_4bit needs use_peft: true; 4-bit weights cannot be trained")
@@ -28,6 +29,8 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
         quantization_config=get_quantization_config(model_args),
     )
     check_vocabulary(model, tokenizer)
+    if model_args.load_in_4bit and model.device.type == "cpu":
+        check_packable(model)
     model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model
 
@@ -53,6 +56,19 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
             f"the tokenizer makes {len(tokenizer)} ids, the model knows {rows}: they do not belong "
             "together. Take both from the same directory"
         )
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """Raise a ValueError where a 4-bit layer's input width is no multiple of a block of 64.
+
+    bitsandbytes packs the weights anew for a CPU in evaluation, and fails there on other widths.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+            raise ValueError(
+                f"{name} reads {module.in_features} channels, and 4 bits on a CPU need a multiple "
+                "of 64. Leave out load_in_4bit (LoRA alone), or pretrain with another n_embd"
+            )
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -27,11 +27,11 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_config(tokenizer):
-    """A GPT-2 config of 2 layers, 32 channels, context 64, for `tokenizer`."""
+    """A GPT-2 config of 2 layers, 64 channels, context 64, for `tokenizer`."""
     from transformers import GPT2Config
 
     return GPT2Config(
-        n_layer=2, n_embd=32, n_head=4, n_positions=64, vocab_size=len(tokenizer),
+        n_layer=2, n_embd=64, n_head=4, n_positions=64, vocab_size=len(tokenizer),
         bos_token_id=2, eos_token_id=3, pad_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 
-from pretrain.data import PackedCollator
+from pretrain.data import PackedCollator, unpack_documents
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
 from pretrain.hardware import supports_bf16, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
@@ -33,6 +34,13 @@ def test_collator_restarts_positions_and_masks_bos():
     batch = PackedCollator(bos_token_id=2)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert batch["labels"].tolist() == [[7, 8, 3, -100, 9, 9, 3, -100]]
+
+
+def test_whole_documents_come_back_from_blocks(tokenizer):
+    documents = [f"Document {i}. 小河。" for i in range(9)]
+    blocks = list(pack(tokenize(documents, tokenizer), block_size=16))
+    blocks = Dataset.from_dict({"input_ids": blocks}).with_format("torch")
+    assert unpack_documents(blocks, tokenizer, limit=4) == documents[:4]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

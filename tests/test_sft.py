@@ -5,10 +5,11 @@ import importlib.util
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from pretrain.callbacks import MetricsFile, StopOnNaN
+from pretrain.modeling_gpt import GPT2LMHeadModel
 from sft.chat import Conversation
 from sft.data import render
 from sft.eval import generate_answers, measure_answers, repetition
@@ -104,6 +105,13 @@ def test_four_bits_without_lora_is_refused(base_dir, chat_tokenizer):
     model_args = ModelConfig(model_name_or_path=str(base_dir), load_in_4bit=True)
     with pytest.raises(ValueError, match="needs use_peft"):
         load_model(model_args, chat_tokenizer)
+
+
+def test_widths_that_four_bits_cannot_pack_are_refused(tiny_config, chat_tokenizer, tmp_path):
+    GPT2LMHeadModel(GPT2Config(**tiny_config.to_dict() | {"n_embd": 96})).save_pretrained(tmp_path)
+    args = ModelConfig(model_name_or_path=str(tmp_path), load_in_4bit=True, use_peft=True)
+    with pytest.raises(ValueError, match="reads 96 channels.*multiple of 64"):
+        load_model(args, chat_tokenizer)
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(base_dir, tokenizer):
