@@ -43,13 +43,7 @@ def supports_bf16() -> bool:
 
 
 def choose_attention() -> str:
-    """The attention that computes fastest here: "flash_attention_2" where it is installed for a
-    GPU, else torch's fused kernel there, and blocks of plain products on a CPU.
-    """
-    if torch.cuda.is_available():
-        from transformers.utils import is_flash_attn_2_available
-
-        return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+    """The fastest attention here: blocks of plain products on a CPU, else torch's kernel."""
     return BLOCKWISE if training_defaults()["use_cpu"] else "sdpa"
 
 

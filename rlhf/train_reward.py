@@ -22,6 +22,7 @@ import stages
 from pretrain.callbacks import watch
 from pretrain.eval import mean_with_interval, share_with_interval
 from pretrain.hardware import choose_attention, set_up_process, training_defaults
+from pretrain.optimizer import make_optimizer
 from rlhf.data import fit_pairs, load_preferences
 from rlhf.eval import finished_turns, load_reward_model, read_answers, score_conversations
 from sft.data import DataSummary, split_rows
@@ -38,6 +39,7 @@ class RewardArguments:
     validation_share: float = field(
         default=0.1, metadata={"help": "held out of data_files where there are no test_files"}
     )
+    use_muon: bool = field(default=False, metadata={"help": "Muon for matrices"})
 
 
 def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
@@ -69,6 +71,9 @@ def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelCo
         train_dataset=train,
         processing_class=tokenizer,
     )
+    if args.use_muon:
+        rate, decay = training_args.learning_rate, training_args.weight_decay
+        trainer.optimizer = make_optimizer("muon", trainer.model, rate, decay)
     watch(trainer)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.save_model()

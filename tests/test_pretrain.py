@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from pretrain.data import PackedCollator, unpack_documents
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
-from pretrain.hardware import supports_bf16, training_defaults
+from pretrain.hardware import choose_attention, supports_bf16, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.optimizer import make_optimizer, orthogonalize
 from pretrain.prepare import pack, tokenize
@@ -102,7 +102,8 @@ def test_intervals():
     assert (mean["value"], mean["high"]) == (2.0, pytest.approx(2 + 1.96 / math.sqrt(3), abs=1e-5))
 
 
-def test_bf16_follows_the_hardware():
+def test_dtype_and_attention_follow_the_hardware():
     assert training_defaults()["bf16"] == supports_bf16()
     if not torch.cuda.is_available():
         assert supports_bf16() == torch.cpu._is_avx512_bf16_supported()
+    assert choose_attention() == ("blockwise" if training_defaults()["use_cpu"] else "sdpa")
