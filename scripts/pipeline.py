@@ -10,6 +10,7 @@ as long as the training.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import runpy
@@ -23,7 +24,10 @@ import yaml
 
 import stages
 
-PRELOADED = ["torch", "transformers", "peft", "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer"]
+# This file comes first, for the line below it.
+PRELOADED = ["__main__", "torch", "transformers", "peft"]
+PRELOADED += ["trl.trainer.grpo_trainer", "trl.trainer.sft_trainer"]
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
 CORPORA = Path("data/generated")
 
 

@@ -273,7 +273,7 @@ def test_answers_speak_the_language_of_the_question(corpora):
 def test_shares_of_the_flaws(corpora):
     rows = corpora["preference_train"]
     flaws = Counter(row["flaw"] for row in rows)
-    wanted = {"curt": 35, "wrong": 20, "rude": 15, "repetitive": 10, "language": 10, "unsafe": 10}
+    wanted = {"curt": 34, "rude": 17, "language": 15, "repetitive": 11, "unsafe": 9, "wrong": 8}
     for flaw, percent in wanted.items():
         assert abs(100 * flaws[flaw] / len(rows) - percent) < 3, (flaw, flaws)
     wrong = [says(r).split("\n") for r in rows if r["flaw"] == "wrong" and r["kind"] == "fact"]
