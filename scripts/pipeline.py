@@ -10,7 +10,6 @@ as long as the training.
 """
 
 import argparse
-import logging
 import multiprocessing
 import os
 import runpy
@@ -24,10 +23,7 @@ import yaml
 
 import stages
 
-# This file comes first, for the line below it.
-PRELOADED = ["__main__", "torch", "transformers", "peft"]
-PRELOADED += ["trl.trainer.grpo_trainer", "trl.trainer.sft_trainer"]
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel, aloud
+PRELOADED = ["torch", "transformers", "peft", "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer"]
 CORPORA = Path("data/generated")
 
 
