@@ -21,10 +21,10 @@ def load_blocks(data_dir: str | os.PathLike, split: str) -> Dataset:
 
 
 def unpack_documents(blocks: Dataset, tokenizer, limit: int) -> list[str]:
-    """The text of the first `limit` whole documents of packed blocks, in their order."""
+    """The text of the first `limit` documents of packed blocks; the last of all may be cut."""
     ids = [token for block in blocks["input_ids"] for token in block.tolist()]
     starts = [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id]
-    documents = (ids[start:end] for start, end in pairwise(starts))
+    documents = (ids[start:end] for start, end in pairwise([*starts, len(ids)]))
     return tokenizer.batch_decode(list(islice(documents, limit)), skip_special_tokens=True)
 
 

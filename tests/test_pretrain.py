@@ -43,6 +43,13 @@ def test_whole_documents_come_back_from_blocks(tokenizer):
     assert unpack_documents(blocks, tokenizer, limit=4) == documents[:4]
 
 
+def test_one_document_longer_than_its_blocks_is_measured(tokenizer):
+    blocks = list(pack(tokenize(["The river runs. " * 40], tokenizer), block_size=16))
+    blocks = Dataset.from_dict({"input_ids": blocks}).with_format("torch")
+    (play,) = unpack_documents(blocks, tokenizer, limit=400)
+    assert len(blocks) > 3 and play.startswith("The river runs. The river") and len(play) > 500
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_each_optimizer_learns_a_sentence(tiny_config, name):
     torch.manual_seed(0)
