@@ -273,8 +273,9 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             loss = next_token_loss(hidden_states, self.lm_head.weight, labels, count)
         else:
             logits = self.lm_head(hidden_states)
-        if logits is not None and labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            if labels is not None:
+                vocab_size = self.config.vocab_size
+                loss = self.loss_function(logits, labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values
         )
