@@ -19,12 +19,12 @@ SYSTEM_SHARE = 0.2
 COUNTS = {
     "train": {
         "fact": 1150,
-        "task": 120,
+        "task": 130,
         "explanation": 200,
         "greeting": 220,
-        "identity": 90,
-        "unsafe": 130,
-        "unknown": 90,
+        "identity": 106,
+        "unsafe": 150,
+        "unknown": 110,
         "story": 260,
     },
     "validation": {
@@ -48,7 +48,8 @@ COUNTS = {
         "story": 18,
     },
 }
-JOINED = [("fact", "fact", 11), ("greeting", "fact", 3), ("greeting", "task", 2)]
+# Kinds of the two turns of a conversation, and how many in 200; a third is then joined again.
+JOINED = [("fact", "fact", 14), ("greeting", "fact", 4), ("greeting", "task", 2)]
 JOINED += [("fact", "farewell", 2), ("explanation", "explanation", 2), ("story", "story", 1)]
 
 
@@ -336,6 +337,7 @@ def sft_rows(world: World, pools: dict, split: str, rng: random.Random) -> list[
     rows = []
     for first, second, weight in JOINED:
         rows += _join_turns(world, turns, (first, second), total * weight // 200)
+    rows = _join_conversations(world, rows, rng)
     for kind, conversations in turns.items():
         shown = "greeting" if kind == "farewell" else kind
         rows += [{"messages": m, "lang": lang, "kind": shown} for m, lang, _ in conversations]
@@ -364,3 +366,20 @@ def _join_turns(world: World, turns: dict, kinds: tuple[str, str], count: int) -
             turns[kinds[0]].insert(0, (opening, lang, subject))
             count -= 1
     return rows
+
+
+def _join_conversations(world: World, rows: list[dict], rng: random.Random) -> list[dict]:
+    """Join about a third of the conversations to longer ones, in which the subject changes."""
+    rng.shuffle(rows)
+    joined = []
+    while rows:
+        row = rows.pop()
+        for index, other in enumerate(rows if rng.random() < 0.2 else []):
+            messages = row["messages"] + other["messages"]
+            text = " ".join(m["content"] for m in messages)
+            if row["lang"] == other["lang"] and not world.join_held_out(text):
+                del rows[index]
+                row = other | {"messages": messages}
+                break
+        joined.append(row)
+    return joined

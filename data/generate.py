@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 import tasks
-from conversations import all_exchanges, order_phrasings, sft_rows, split_text
+from conversations import Exchange, all_exchanges, order_phrasings, sft_rows, split_text
 from preferences import preference_rows
 from prose import pretrain_documents
 from world import FOLDER, LANGUAGES, World, read_json
@@ -35,11 +35,20 @@ def main(output_dir: Path, seed: int) -> None:
     """Generate every file and print its rows and bytes."""
     output_dir.mkdir(parents=True, exist_ok=True)
     world = World()
-    files = pretrain_files(world, random.Random(f"{seed} pretrain"))
+    written = {
+        "sft": read_jsonl("handwritten/sft.jsonl"),
+        "preference": read_jsonl("handwritten/preference.jsonl"),
+    }
+    pools = all_exchanges(world, random.Random(f"{seed} exchanges"))
+    taken = fix_splits(written)
+    for topic, pool in pools.items():
+        pools[topic] = [e for e in pool if taken.get(e.user, e.split) == e.split]
+    pools["handwritten"] = single_turns(written["sft"], taken)
+    files = pretrain_files(world, pools, random.Random(f"{seed} pretrain"))
     for split, per_level in TASKS_PER_LEVEL.items():
         rng = random.Random(f"{seed} tasks {split}")
         files[f"tasks_{split}.jsonl"] = tasks.task_rows(split, per_level, rng)
-    files |= chat_files(world, seed)
+    files |= chat_files(world, pools, written, taken, seed)
     files["facts_test.jsonl"] = fact_questions(world, random.Random(f"{seed} facts"))
     for name, rows in files.items():
         write_jsonl(output_dir / name, rows)
@@ -50,9 +59,9 @@ def main(output_dir: Path, seed: int) -> None:
         print(f"{path.name:32} {lines:6} rows {path.stat().st_size:9} bytes")
 
 
-def pretrain_files(world: World, rng: random.Random) -> dict[str, list[dict]]:
+def pretrain_files(world: World, pools: dict, rng: random.Random) -> dict[str, list[dict]]:
     """Shuffled documents; the first `VALIDATION_BYTES` of text become the validation file."""
-    documents = pretrain_documents(world, rng, PRETRAIN_BYTES)
+    documents = pretrain_documents(world, pools, rng, PRETRAIN_BYTES)
     size, count = 0, 0
     while size < VALIDATION_BYTES:
         size += len(documents[count]["text"].encode())
@@ -63,16 +72,8 @@ def pretrain_files(world: World, rng: random.Random) -> dict[str, list[dict]]:
     }
 
 
-def chat_files(world: World, seed: int) -> dict[str, list[dict]]:
+def chat_files(world: World, pools: dict, written: dict, taken: dict, seed: int) -> dict:
     """SFT and preference rows, generated and handwritten, without any that join a held-out fact."""
-    pools = all_exchanges(world, random.Random(f"{seed} exchanges"))
-    written = {
-        "sft": read_jsonl("handwritten/sft.jsonl"),
-        "preference": read_jsonl("handwritten/preference.jsonl"),
-    }
-    taken = fix_splits(written)
-    for topic, pool in pools.items():
-        pools[topic] = [e for e in pool if taken.get(e.user, e.split) == e.split]
     files = {}
     for split in SPLITS:
         rng = random.Random(f"{seed} chat {split}")
@@ -100,6 +101,18 @@ def fix_splits(written: dict[str, list[dict]]) -> dict[str, str]:
                     taken[text] = "train"
                 taken.setdefault(text, split_text(text))
     return taken
+
+
+def single_turns(rows: list[dict], taken: dict[str, str]) -> list[Exchange]:
+    """The handwritten conversations of one turn as exchanges."""
+    exchanges = []
+    for row in rows:
+        question, *_ = user_texts(row)
+        reply = row["messages"][-1]["content"]
+        if len(user_texts(row)) == 1:
+            made = Exchange(row["kind"], row["lang"], taken[question], question, reply, reply)
+            exchanges.append(made)
+    return exchanges
 
 
 def user_texts(row: dict) -> list[str]:

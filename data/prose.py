@@ -14,12 +14,19 @@ from collections import Counter
 from string import Template
 
 import tasks
+from conversations import Exchange, answer, order_phrasings
 from world import LANGUAGES, Entity, Fact, World, read_json
 
 TEXTS = read_json("handwritten/prose.json")
 STORIES = read_json("handwritten/stories.json")
 MATH_KINDS = {"addition": 9, "comparison": 4, "parity_or_logic": 4, "sorting": 3, "format": 3}
 LEVELS = {1: 42, 2: 42, 3: 16}
+CHAT_TOPICS = {"greeting": 3, "identity": 3, "explanation": 3, "story": 3, "handwritten": 2}
+CHAT_TOPICS |= {"unsafe": 2, "unknown": 1}
+MARKS = {
+    "en": [("Question: ", "Answer: "), ("Q: ", "A: "), ("", ""), ("", "")],
+    "zh": [("问：", "答："), ("问题：", "回答："), ("", ""), ("", "")],
+}
 
 
 class FactTeller:
@@ -171,23 +178,34 @@ def write_dialogue(world: World, lang: str, rng: random.Random) -> str:
     style = rng.random()
     if style < 0.1:
         return _write_talk(lang, rng)
-    marks = rng.choice([("Question: ", "Answer: "), ("Q: ", "A: "), ("", ""), ("", "")])
-    if lang == "zh":
-        marks = rng.choice([("问：", "答："), ("问题：", "回答："), ("", ""), ("", "")])
+    marks = rng.choice(MARKS[lang])
     lines = []
     for _ in range(draw_length(rng)):
         if style < 0.35:
             kind = rng.choice(tasks.KINDS)
             shown = tasks.render(_draw_for_prose(kind, rng), lang)
-            question, answer = rng.choice(shown.asked), shown.brief
+            question, reply = rng.choice(shown.asked), shown.brief
         else:
             fact = rng.choice(world.trained)
-            question = world.ask(fact, lang, rng.randrange(7))
+            question = world.ask(fact, lang, rng.choice(order_phrasings(fact, lang)[:5]))
             told = world.tell(fact, lang, rng.choice(world.told(fact, lang)[:2]))
-            answer = fact.brief(lang) if rng.random() < 0.6 else told
-        lines += [marks[0] + question, marks[1] + answer]
+            reply = fact.brief(lang) if rng.random() < 0.6 else told
+        lines += [marks[0] + question, marks[1] + reply]
     text = "\n".join(lines)
     return write_dialogue(world, lang, rng) if world.join_held_out(text) else text
+
+
+def write_chat(
+    pools: dict[str, list[Exchange]], world: World, lang: str, rng: random.Random
+) -> str:
+    """One to four exchanges of the training split of SFT: its words, not yet its format."""
+    marks = rng.choice(MARKS[lang])
+    lines = []
+    for topic in rng.choices(list(CHAT_TOPICS), list(CHAT_TOPICS.values()), k=draw_length(rng)):
+        exchange = rng.choice(pools[topic, lang])
+        lines += [marks[0] + exchange.user, marks[1] + answer(exchange, rng)]
+    text = "\n".join(lines)
+    return write_chat(pools, world, lang, rng) if world.join_held_out(text) else text
 
 
 def _write_talk(lang: str, rng: random.Random) -> str:
@@ -275,18 +293,26 @@ def _program_fields(rng: random.Random) -> dict:
     return fields | {"twice": tasks.TEXTS["words"]["en"][single]}
 
 
-def pretrain_documents(world: World, rng: random.Random, total_bytes: int) -> list[dict]:
+def pretrain_documents(
+    world: World, pools: dict[str, list[Exchange]], rng: random.Random, total_bytes: int
+) -> list[dict]:
     """Distinct documents of all kinds, shuffled; `total_bytes` is UTF-8 bytes of the texts."""
     tellers = {lang: FactTeller(world, lang, rng) for lang in LANGUAGES}
+    chat = {
+        (topic, lang): [e for e in pools[topic] if e.lang == lang and e.split == "train"]
+        for topic in CHAT_TOPICS
+        for lang in LANGUAGES
+    }
     plan = []
     for lang in LANGUAGES:
         plan += [
-            (lang, "world", 0.17, tellers[lang].write_document),
+            (lang, "world", 0.16, tellers[lang].write_document),
             (lang, "story", 0.03, lambda lang=lang: write_story(world, lang, rng)),
-            (lang, "dialogue", 0.10, lambda lang=lang: write_dialogue(world, lang, rng)),
-            (lang, "math", 0.18, lambda lang=lang: write_math(lang, rng)),
+            (lang, "dialogue", 0.09, lambda lang=lang: write_dialogue(world, lang, rng)),
+            (lang, "chat", 0.03, lambda lang=lang: write_chat(chat, world, lang, rng)),
+            (lang, "math", 0.175, lambda lang=lang: write_math(lang, rng)),
         ]
-    plan.append(("code", "code", 0.04, lambda: write_code(rng)))
+    plan.append(("code", "code", 0.03, lambda: write_code(rng)))
     rows, seen = [], set()
     for lang, kind, share, write in plan:
         size = 0
