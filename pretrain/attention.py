@@ -31,42 +31,50 @@ class BlockwiseAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, mask, causal):
         """Each block of queries, from the keys that it may see."""
         batch, heads, time, width = query.shape
-        output = query.new_empty(batch, time, heads, width)
+        # One batch dimension: a slice of it goes into a matrix product as it is, uncopied.
+        query, key, value = (x.reshape(-1, x.shape[2], width) for x in (query, key, value))
+        output = torch.empty_like(query)
         kept = []
         with torch.autocast(query.device.type, enabled=False):  # it would make the softmax fp32
             for start in range(0, time, QUERIES):
                 block = slice(start, min(start + QUERIES, time))
-                seen = block.stop if causal else key.shape[2]
-                scores = query[:, :, block] @ key[:, :, :seen].transpose(-1, -2)
+                seen = block.stop if causal else key.shape[1]
+                scores = torch.bmm(query[:, block], key[:, :seen].transpose(1, 2))
                 if mask is not None:
-                    scores += mask[:, :, block, :seen]
+                    scores.view(batch, heads, -1, seen).add_(mask[:, :, block, :seen])
                 elif causal:
-                    scores[:, :, :, start:] += _hide_later(block.stop - start, scores)
+                    scores[:, :, start:] += _hide_later(block.stop - start, scores)
                 weights = scores.softmax(dim=-1)
-                output[:, block] = (weights @ value[:, :, :seen]).transpose(1, 2)
+                output[:, block] = torch.bmm(weights, value[:, :seen])
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
-        return output
+        return output.view(batch, heads, time, width).transpose(1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         """Gradients of query, key and value; grad is (B, T, H, d)."""
         query, key, value, *kept = ctx.saved_tensors
-        grad = grad.transpose(1, 2)
-        query_grad = torch.empty_like(query)
-        key_grad, value_grad = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        batch, _, heads, _ = grad.shape
+        grad = grad.transpose(1, 2).reshape(query.shape)
+        query_grad, key_grad, value_grad = torch.empty_like(query), None, None
+        stop = query.shape[1]
         with torch.autocast(query.device.type, enabled=False):
-            for index, weights in enumerate(kept):
-                block = slice(index * QUERIES, index * QUERIES + weights.shape[2])
-                seen = slice(0, weights.shape[3])
-                block_grad = grad[:, :, block]
-                value_grad[:, :, seen] += weights.transpose(-1, -2) @ block_grad
-                weights_grad = block_grad @ value[:, :, seen].transpose(-1, -2)
+            for weights in reversed(kept):  # the last block sees all keys: its sums are the first
+                block, seen = slice(stop - weights.shape[1], stop), weights.shape[2]
+                weights_grad = torch.bmm(grad[:, block], value[:, :seen].transpose(1, 2))
                 scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype)
-                query_grad[:, :, block] = scores_grad @ key[:, :, seen]
-                key_grad[:, :, seen] += scores_grad.transpose(-1, -2) @ query[:, :, block]
-        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None, None
+                query_grad[:, block] = torch.bmm(scores_grad, key[:, :seen])
+                value_part = torch.bmm(weights.transpose(1, 2), grad[:, block])
+                key_part = torch.bmm(scores_grad.transpose(1, 2), query[:, block])
+                if key_grad is None:
+                    key_grad, value_grad = key_part.float(), value_part.float()
+                else:
+                    key_grad[:, :seen] += key_part
+                    value_grad[:, :seen] += value_part
+                stop = block.start
+        grads = (query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype))
+        return *(x.view(batch, heads, *x.shape[1:]) for x in grads), None, None
 
 
 def _hide_later(size: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """The language model's loss, fused with its head: no tensor of (all tokens, vocabulary) exists."""
 
 import torch
+from torch import nn
 
-LOGITS_AT_ONCE = 2**20  # a chunk's logits: 4 MB in fp32, which stay in a CPU's cache
+LOGITS_AT_ONCE = 2**25  # of a chunk: 64 MB in bf16; each chunk adds a whole gradient of the head
 FEWEST_ROWS = 256  # of a chunk: fewer make slow matrix products
 
 
@@ -10,8 +11,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T`, computed a chunk of tokens at a time.
 
     The gradients are made in the forward pass, where a chunk's logits are at hand, and are only
-    scaled in the backward pass. With N tokens, C channels and V words: hidden (N, C), weight
-    (V, C), labels (N,) with -100 for tokens without a loss.
+    scaled in the backward pass, which can therefore run once. With N tokens, C channels and V
+    words: hidden (N, C), weight (V, C), labels (N,) with -100 for tokens without a loss. Under
+    bf16 autocast the logits and their softmax are bf16, sums are fp32.
     """
 
     @staticmethod
@@ -20,26 +22,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         fast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if fast else weight.dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # probabilities underflow in it
         with torch.autocast(device, enabled=False):
             rows, head = hidden.to(dtype), weight.to(dtype)
-            rows_grad = torch.empty_like(rows)
-            head_grad = torch.zeros_like(weight, dtype=torch.float32)
+            rows_grad, head_grad = torch.empty_like(rows), None
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            size = max(FEWEST_ROWS, LOGITS_AT_ONCE // weight.shape[0])
+            size = min(len(rows), max(FEWEST_ROWS, LOGITS_AT_ONCE // len(head)))
+            logits, softmax = (rows.new_empty(size, len(head)) for _ in range(2))
             for start in range(0, len(rows), size):
                 part, target = rows[start : start + size], labels[start : start + size]
-                counted = target != -100
-                target = target.masked_fill(~counted, 0).unsqueeze(1)
-                logits = (part @ head.T).float()
-                normaliser = logits.logsumexp(dim=1, keepdim=True)
-                loss += ((normaliser - logits.gather(1, target)).squeeze(1) * counted).sum()
-                # d loss / d logits = softmax(logits) - one_hot(target)
-                grad = logits.sub_(normaliser).exp_()
-                grad.scatter_add_(1, target, -torch.ones_like(normaliser))
-                grad = grad.mul_((counted / count).unsqueeze(1)).to(dtype)
-                torch.mm(grad, head, out=rows_grad[start : start + size])
-                head_grad += grad.T @ part
-        ctx.save_for_backward(rows_grad.to(hidden.dtype), head_grad.to(weight.dtype))
+                counted = (target != -100).unsqueeze(1)
+                grad = softmax[: len(part)]
+                losses = _losses(part, head, target.clamp(min=0), logits[: len(part)], grad)
+                loss += (losses * counted).sum()
+                torch.mm(grad, head, out=rows_grad[start : start + size]).mul_(counted)
+                added = grad.T @ (part * counted)
+                head_grad = added.float() if head_grad is None else head_grad.add_(added)
+        ctx.save_for_backward(
+            (rows_grad / count).to(hidden.dtype), head_grad.div_(count).to(weight.dtype)
+        )
         return loss / count
 
     @staticmethod
@@ -47,7 +48,27 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         """Scale the gradients that the forward pass has made."""
         rows_grad, head_grad = ctx.saved_tensors
-        return rows_grad * grad, head_grad * grad, None, None
+        return rows_grad.mul_(grad), head_grad.mul_(grad), None, None
+
+
+def _losses(part, head, target, logits, grad) -> torch.Tensor:
+    """Each token's loss in nats, (n, 1); leaves d loss / d logits = softmax - one_hot in `grad`.
+
+    The target's probability p is as coarse as the dtype, and so would be p - 1 where p is nearly 1.
+    The sum of all others is small there and therefore exact: it is the gradient, and -log(1 - it)
+    the loss. Elsewhere the loss is (highest logit - target's logit) - log(highest probability).
+    """
+    index = torch.arange(len(target), device=target.device)
+    torch.mm(part, head.T, out=logits)
+    highest = logits.amax(dim=1, keepdim=True)
+    torch.softmax(logits, dim=1, out=grad)
+    distance = highest.float() - logits[index, target].unsqueeze(1).float()
+    unlikely = distance - grad.amax(dim=1, keepdim=True).float().log()
+    grad[index, target] = 0.0
+    others = grad @ grad.new_ones(grad.shape[1], 1)
+    grad[index, target] = -others.squeeze(1)
+    others = others.float()
+    return torch.where(others < 0.5, -torch.log1p(-others), unlikely)
 
 
 def next_token_loss(
@@ -65,8 +86,7 @@ def next_token_loss(
         num_items_in_batch: labels of the whole optimizer step, which the mean is over; None
             counts those of this batch.
     """
-    targets = labels[:, 1:].reshape(-1)
+    # Shifted; the last position has no target, but without it the products would be ill-shaped.
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
     count = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return LinearCrossEntropy.apply(
-        hidden[:, :-1].reshape(-1, hidden.shape[-1]), weight, targets, count
-    )
+    return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets, count)

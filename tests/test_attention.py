@@ -61,7 +61,7 @@ def test_later_keys_are_not_multiplied(pair, monkeypatch):
     seen = []
     plain = torch.Tensor.softmax
     monkeypatch.setattr(
-        torch.Tensor, "softmax", lambda x, dim: (seen.append(tuple(x.shape[2:])), plain(x, dim))[1]
+        torch.Tensor, "softmax", lambda x, dim: (seen.append(tuple(x.shape[-2:])), plain(x, dim))[1]
     )
     pair[1](input_ids=IDS, use_cache=False)
     assert seen[:4] == [(4, 4), (4, 8), (4, 12), (2, 14)]
