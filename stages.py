@@ -254,7 +254,7 @@ def start_run(
     """
     directory = Path(output_dir)
     asked = next((a.resume_from_checkpoint for a in arguments if _trains(a)), None)
-    if asked and Path(asked).parent.resolve() != directory.resolve():
+    if asked and not _is_in(asked, directory):
         inputs = [*inputs, asked]  # another run's: it decides the result
     record = {
         "finished": False,
@@ -357,11 +357,14 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def _is_in(path: str, directory: Path) -> bool:
+    return Path(path).parent.resolve() == directory.resolve()
+
+
 def _choose_checkpoint(directory: Path, asked: str | None, same: bool) -> str | None:
     """Where a run goes on: where it was asked to, else at the newest of its own checkpoints."""
     whole = [str(path) for path in list_checkpoints(directory)]
-    own = asked and Path(asked).parent.resolve() == directory.resolve()
-    if same and whole and not own:
+    if same and whole and not (asked and _is_in(asked, directory)):
         return whole[-1]
     if asked and not is_whole(asked):
         raise FileNotFoundError(
@@ -374,15 +377,15 @@ def _choose_checkpoint(directory: Path, asked: str | None, same: bool) -> str | 
 def _clear(directory: Path, checkpoint: str | None) -> None:
     """Remove what does not belong to the run that goes on from `checkpoint`.
 
-    That is all that an earlier run left, when there is none; else half-written checkpoints and
-    those behind it, which the run will write again.
+    That is half-written checkpoints and those behind it, which the run will write again; and all
+    that an earlier run left, where there is no checkpoint or it is another run's.
     """
     for path in list(directory.rglob(BESIDE)):
         shutil.rmtree(path)
-    whole = [path.name for path in list_checkpoints(directory)]
+    whole = list_checkpoints(directory)
+    own = checkpoint is not None and _is_in(checkpoint, directory)
     for path in directory.glob("checkpoint-*"):
-        keep = checkpoint and path.name in whole and _step(path) <= _step(Path(checkpoint))
-        if not keep:
+        if not (own and path in whole and _step(path) <= _step(Path(checkpoint))):
             remove_checkpoint(path)
     if checkpoint is None:
         for name in ("run.json", "eval.json", "metrics.jsonl", "answers.jsonl"):

@@ -18,6 +18,15 @@ SENTENCES = [
 ]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is slow, whatever else `-m` asks for, unless it is asked for by name."""
+    if "slow" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A tokenizer of 512 entries, trained like the real one."""
