@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages
 
@@ -30,9 +31,16 @@ def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
     """Train, from the run's checkpoint where there is one.
 
     Raises:
-        ValueError: the checkpoint was written by ZeRO on other processes, or without it.
+        ValueError: the checkpoint was written by ZeRO on other processes, or without it; or
+            DeepSpeed is not there although it was asked for.
         RuntimeError: saved weights differ from the live ones.
     """
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if wanted and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed was asked for, and accelerate left it out, as it does where "
+            "ACCELERATE_USE_CPU=true or `use_cpu: true` in its file: without it, DS_ACCELERATOR=cpu"
+        )
     if run.checkpoint:
         check_same_sharding(run.checkpoint, trainer)
     trainer.add_callback(WholeCheckpoints(trainer, run.checkpoint))
@@ -55,6 +63,7 @@ def save_model(trainer: Trainer, directory: str | os.PathLike | None = None) -> 
     if trainer.args.should_save:
         move_into_place(beside, directory)
     stages.wait_for_all_processes()
+    unset_hf_deepspeed_config()  # what is loaded from here on is no part of ZeRO-3's shards
 
 
 def move_into_place(beside: Path, directory: Path) -> None:

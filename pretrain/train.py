@@ -74,7 +74,7 @@ class PretrainTrainer(Trainer):
         """
         if self.optimizer is None:
             args = self.args
-            if self.optimizer_name == "muon" and args.deepspeed:
+            if self.optimizer_name == "muon" and self.is_deepspeed_enabled:
                 raise ValueError("ZeRO flattens the matrices that Muon needs: --optimizer adamw")
             self.optimizer = make_optimizer(
                 self.optimizer_name,
