@@ -10,14 +10,16 @@ import torch
 from conftest import ROOT
 from processes import PRETRAIN, Processes, free_port
 from safetensors.torch import load_file
+from transformers import GPT2Config
 
 import stages
+from pretrain.modeling_gpt import GPT2LMHeadModel
 
 pytestmark = pytest.mark.launchers
 SETTINGS = PRETRAIN | {
-    "bf16": "false", "config_overrides": '{"n_layer": 2, "n_embd": 32, "n_head": 2}',
-    "max_steps": 6, "save_total_limit": 2,
+    "bf16": "false", "max_steps": 6, "save_total_limit": 2,
 }  # fmt: skip
+del SETTINGS["config_overrides"]
 QUARTERS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1",
@@ -52,17 +54,29 @@ def run(command, cwd=ROOT, **environment):
 
 
 @pytest.fixture(scope="module")
-def alone(blocks_dir, tmp_path_factory):
+def start(blocks_dir, tokenizer, tmp_path_factory):
+    """The weights that all runs start from: ZeRO-3 draws its new ones in another order."""
+    directory = tmp_path_factory.mktemp("start")
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=len(tokenizer),
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=2, eos_token_id=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return SETTINGS | {"data_dir": blocks_dir, "model_name_or_path": directory}
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
     """What one process learns from 8 blocks a step."""
     directory = tmp_path_factory.mktemp("runs") / "alone"
-    settings = SETTINGS | {"data_dir": blocks_dir, "output_dir": directory}
-    Processes("pretrain.train", settings).finish()
+    Processes("pretrain.train", start | {"output_dir": directory}).finish()
     return directory
 
 
 @pytest.fixture
-def settings(blocks_dir, tmp_path):
-    return SETTINGS | QUARTERS | {"data_dir": blocks_dir, "output_dir": tmp_path / "out"}
+def settings(start, tmp_path):
+    return start | QUARTERS | {"output_dir": tmp_path / "out"}
 
 
 def assert_learned_the_same(directory, alone, zero_stage):
