@@ -14,21 +14,30 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from provenance import (
+    cpu_name,
+    fingerprint,
+    git_commit,
+    goes_on,
+    hash_outputs,
+    installed_versions,
+    method_words,
+    non_defaults,
+    split_word,
+)
 
 
 class Stage(NamedTuple):
@@ -48,12 +57,11 @@ STAGES: dict[str, Stage] = {
     "ppo": Stage("rlhf.train_ppo", trains=True),
     "grpo": Stage("rlhf.train_grpo", trains=True),
 }
-
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed")
-PACKAGES += ("peft", "trl", "bitsandbytes")
-LAUNCHER_FLAGS = ("--local_rank", "--deepspeed")  # where a run runs, not what it trains
-WEIGHTS = ("*.safetensors", "*.parquet")
-HASHED_FILES = ("config.json", "tokenizer.json", "chat_template.jinja", "meta.json")
+# Who says how many processes were started, in the order of their authority.
+PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+PROCESS_COUNTS += ("SLURM_STEP_NUM_TASKS",)  # of this srun, not of the whole job
+WHOLE = "complete.json"  # written last into a checkpoint; without it there is no checkpoint
+BESIDE = "saving.partial"  # where an output is written before it is moved into place
 
 
 def parse_args(
@@ -75,7 +83,8 @@ def parse_args(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, aloud
     from trl import TrlParser
 
-    argv = [part for word in (sys.argv[1:] if argv is None else argv) for part in _split(word)]
+    words = sys.argv[1:] if argv is None else argv
+    argv = [part for word in words for part in split_word(word)]
     parser = TrlParser(dataclass_types, allow_abbrev=False)
     if defaults:
         known = {action.dest for action in parser._actions}
@@ -103,11 +112,6 @@ def parse_args(
             if "list[str]" in str(field.type) and isinstance(getattr(one, field.name), str):
                 setattr(one, field.name, [getattr(one, field.name)])
     return tuple(parsed)
-
-
-def _split(word: str) -> list[str]:
-    """`--config=x` as two words: TrlParser recognises the flag only when it stands alone."""
-    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def _suggest(unknown: list[str], parser: Any) -> str:
@@ -180,34 +184,25 @@ def require_same_tokenizer(*directories: str | os.PathLike) -> None:
             )
 
 
-def hash_outputs(directory: str | os.PathLike) -> dict[str, str]:
-    """sha256 by file name of the weights, config, tokenizer, template and data in a directory."""
-    directory = Path(directory)
-    paths = [directory / name for name in HASHED_FILES]
-    paths += sorted(path for pattern in WEIGHTS for path in directory.glob(pattern))
-    return {path.name: hash_file(path) for path in paths if path.is_file()}
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def check_world_size(world_size: int) -> None:
-    """Raise a ValueError where the launcher started another number of processes than this.
+    """Raise a ValueError where the launcher was asked for another number of processes than this.
 
-    Processes that do not know of one another (torchrun without `use_cpu` on a machine without GPUs)
-    train copies of the same model and overwrite each other's files without a word.
+    Processes that do not know of one another (torchrun without `use_cpu` on a machine without GPUs,
+    `srun` without a launcher) train copies of the same model and overwrite each other's files
+    without a word; `accelerate launch --cpu --num_processes 2` and its MULTI_CPU start one process.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != world_size:
+    count = next((os.environ[name] for name in PROCESS_COUNTS if name in os.environ), None)
+    if count is not None and int(count) != world_size:
         raise ValueError(
-            f"the launcher started {launched} processes, the trainer sees {world_size}: they would "
+            f"the launcher started {count} processes, the trainer sees {world_size}: they would "
             "overwrite each other. On CPUs start with ACCELERATE_USE_CPU=true, or --use_cpu true."
+        )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if count is None and by_accelerate and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "accelerate was asked for several processes and started one, as it does with --cpu, "
+            "use_cpu and MULTI_CPU. On CPUs: ACCELERATE_USE_CPU=true accelerate launch "
+            "--config_file configs/launch/cpu_2_processes.yaml"
         )
 
 
@@ -249,37 +244,55 @@ def start_run(
     """Open run.json, and find the checkpoint of an interrupted run of the same command.
 
     An interrupted run with the same config, flags, inputs and data goes on from its last whole
-    checkpoint; a run that differs in any of them starts over, and the old checkpoints go.
+    checkpoint; a run that differs in any of them starts over, and the old checkpoints go. It may
+    go on with other processes, as long as all of them together take the same batch a step.
     `arguments` are the parsed dataclasses, `inputs` the directories of earlier stages.
+
+    Raises:
+        FileNotFoundError: `--resume_from_checkpoint` names no whole checkpoint.
+        ValueError: the interrupted run took another batch a step.
     """
     directory = Path(output_dir)
+    asked = next((a.resume_from_checkpoint for a in arguments if _trains(a)), None)
+    if asked and not _is_in(asked, directory):
+        inputs = [*inputs, asked]  # another run's: it decides the result
     record = {
         "finished": False,
         "stage": stage,
         "command": _command_line(stage),
         "fingerprint": fingerprint(sys.argv[1:], inputs, data_files),
-        "arguments": {k: v for one in arguments for k, v in _non_defaults(one).items()},
+        "arguments": {k: v for one in arguments for k, v in non_defaults(one).items()},
+        "batch": next((_batch(one) for one in arguments if _trains(one)), None),
         "seed": next((one.seed for one in arguments if hasattr(one, "seed")), None),
-        "versions": {"python": platform.python_version()} | _versions(),
-        "git_commit": _git_commit(),
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()},
+        "versions": installed_versions(),
+        "git_commit": git_commit(),
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()},
         "started_at": time.time(),
     }
     before = read_json(directory / "run.json") or {}
-    same = before.get("fingerprint") == record["fingerprint"] and not before["finished"]
-    checkpoint = _last_checkpoint(directory) if same else None
-    _wait_for_all_processes()  # everybody has read run.json before it is replaced
+    checkpoint = _choose_checkpoint(directory, asked, goes_on(before, record))
+    wait_for_all_processes()  # everybody has read run.json before it is replaced
     if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            _clear(directory)
-        else:
+        _clear(directory, checkpoint)
+        if checkpoint is not None:
             print(f"{stage}: an interrupted run goes on from {checkpoint}")
             record["resumed_from"] = [*before.get("resumed_from", []), checkpoint]
-            saved_at = Path(checkpoint, "trainer_state.json").stat().st_mtime
-            record["earlier_s"] = before.get("earlier_s", 0) + saved_at - before["started_at"]
+            saved_at = Path(checkpoint, WHOLE).stat().st_mtime
+            earlier_s = saved_at - before.get("started_at", saved_at)
+            record["earlier_s"] = before.get("earlier_s", 0) + max(earlier_s, 0)
         write_json(directory / "run.json", record)
     return Run(directory, record, checkpoint)
+
+
+def _trains(arguments: Any) -> bool:
+    return hasattr(arguments, "gradient_accumulation_steps")
+
+
+def _batch(arguments: Any) -> int:
+    """Examples that all processes take in one optimizer step."""
+    size = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return size * arguments.world_size
 
 
 def is_unchanged(output_dir: str | os.PathLike, argv: Sequence[str]) -> bool:
@@ -292,46 +305,8 @@ def is_unchanged(output_dir: str | os.PathLike, argv: Sequence[str]) -> bool:
     return made == now and record["outputs"] == hash_outputs(output_dir)
 
 
-def fingerprint(
-    argv: Sequence[str],
-    inputs: Iterable[str | os.PathLike],
-    data_files: Iterable[str | os.PathLike],
-) -> dict[str, Any]:
-    """What decides a stage's result: its arguments, its config, and the bytes it reads."""
-    words, config = _method_words(argv), None
-    if "--config" in words:
-        config = hash_file(words[words.index("--config") + 1])
-    return {
-        "arguments": words,
-        "config_sha256": config,
-        "inputs": {str(path): hash_outputs(path) for path in inputs},
-        "data": {str(path): _hash_data(Path(path)) for path in data_files},
-    }
-
-
-def _hash_data(path: Path) -> str | None:
-    if path.is_file():
-        return hash_file(path)
-    if path.is_dir():
-        names = sorted(p for p in path.rglob("*") if p.is_file())
-        return hashlib.sha256("".join(map(hash_file, names)).encode()).hexdigest()
-    return None  # a pattern or a Hub name: its text is already among the arguments
-
-
-def _method_words(argv: Sequence[str]) -> list[str]:
-    """The command line without what the launcher adds (`--local_rank=0`, `--deepspeed FILE`)."""
-    words, skip = [], False
-    for word in [part for given in argv for part in _split(given)]:
-        name = word.split("=", 1)[0]
-        if skip or name in LAUNCHER_FLAGS:
-            skip = not skip and "=" not in word
-            continue
-        words.append(word)
-    return words
-
-
 def _command_line(stage: str) -> str:
-    return " ".join(["python -m", STAGES[stage].module, *_method_words(sys.argv[1:])])
+    return " ".join(["python -m", STAGES[stage].module, *method_words(sys.argv[1:])])
 
 
 def is_main_process() -> bool:
@@ -349,51 +324,76 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON beside the file and rename it into place: whole, or not at all."""
     beside = Path(f"{path}.partial")
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    beside.write_text(text + "\n", encoding="utf-8")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # the name must not reach the disk before the bytes
     beside.replace(path)
 
 
-def _last_checkpoint(directory: Path) -> str | None:
-    """The newest whole checkpoint: transformers writes trainer_state.json last."""
-    whole = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
+def is_whole(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint was written to its end: every file of its list is there, in its size."""
+    checkpoint = Path(checkpoint)
+    written = read_json(checkpoint / WHOLE)
+    if written is None:
+        return False
+    paths = ((checkpoint / name, size) for name, size in written["files"].items())
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
-def _clear(directory: Path) -> None:
-    """Remove what an earlier run left, so that no file of it is taken for this run's."""
-    for path in directory.glob("checkpoint-*"):
+def list_checkpoints(directory: str | os.PathLike) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
+    whole = [path for path in Path(directory).glob("checkpoint-*") if is_whole(path)]
+    return sorted(whole, key=_step)
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint; interrupted in between, what is left of it is none."""
+    (checkpoint / WHOLE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _is_in(path: str, directory: Path) -> bool:
+    return Path(path).parent.resolve() == directory.resolve()
+
+
+def _choose_checkpoint(directory: Path, asked: str | None, same: bool) -> str | None:
+    """Where a run goes on: where it was asked to, else at the newest of its own checkpoints."""
+    whole = [str(path) for path in list_checkpoints(directory)]
+    if same and whole and not (asked and _is_in(asked, directory)):
+        return whole[-1]
+    if asked and not is_whole(asked):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {asked}: there is no whole checkpoint. {directory} has "
+            f"{', '.join(whole) or 'none'}; without the flag a run goes on from its newest."
+        )
+    return asked
+
+
+def _clear(directory: Path, checkpoint: str | None) -> None:
+    """Remove what does not belong to the run that goes on from `checkpoint`.
+
+    That is half-written checkpoints and those behind it, which the run will write again; and all
+    that an earlier run left, where there is no checkpoint or it is another run's.
+    """
+    for path in list(directory.rglob(BESIDE)):
         shutil.rmtree(path)
-    for name in ("run.json", "eval.json", "metrics.jsonl", "answers.jsonl"):
-        (directory / name).unlink(missing_ok=True)
+    whole = list_checkpoints(directory)
+    own = checkpoint is not None and _is_in(checkpoint, directory)
+    for path in directory.glob("checkpoint-*"):
+        if not (own and path in whole and _step(path) <= _step(Path(checkpoint))):
+            remove_checkpoint(path)
+    if checkpoint is None:
+        for name in ("run.json", "eval.json", "metrics.jsonl", "answers.jsonl"):
+            (directory / name).unlink(missing_ok=True)
 
 
-def _wait_for_all_processes() -> None:
+def wait_for_all_processes() -> None:
+    """Return when every process of the run has come here."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
-
-
-def _non_defaults(arguments: Any) -> dict[str, Any]:
-    fields = [field for field in dataclasses.fields(arguments) if field.init]
-    values = ((field, getattr(arguments, field.name, None)) for field in fields)
-    return {f.name: v for f, v in values if v != f.default and v not in ([], {}, None)}
-
-
-def _versions() -> dict[str, str]:
-    installed = {one.name: one.version for one in importlib.metadata.distributions()}
-    return {name: installed[name] for name in PACKAGES if name in installed}
-
-
-def _git_commit() -> str | None:
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

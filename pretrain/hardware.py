@@ -51,6 +51,19 @@ def set_up_process() -> None:
     """What every stage does first: quiet logs, and memory that stays with the process."""
     quiet_logs()
     keep_freed_memory()
+    join_deepspeed()
+
+
+def join_deepspeed() -> None:
+    """Tell DeepSpeed of the processes that torch knows: on CPUs accelerate does not.
+
+    Without it ZeRO-3 believes to be alone while a model is made, and refuses the batch size.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if wanted and torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def keep_freed_memory() -> None:

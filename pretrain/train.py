@@ -26,6 +26,7 @@ from transformers import (
 
 import stages
 from pretrain.callbacks import Throughput, watch
+from pretrain.checkpoints import save_model, train_or_resume
 from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import evaluate_language_model
 from pretrain.hardware import choose_attention, set_up_process, training_defaults
@@ -73,7 +74,7 @@ class PretrainTrainer(Trainer):
         """
         if self.optimizer is None:
             args = self.args
-            if self.optimizer_name == "muon" and args.deepspeed:
+            if self.optimizer_name == "muon" and self.is_deepspeed_enabled:
                 raise ValueError("ZeRO flattens the matrices that Muon needs: --optimizer adamw")
             self.optimizer = make_optimizer(
                 self.optimizer_name,
@@ -109,8 +110,8 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     tokens_per_step = training_args.train_batch_size * training_args.world_size
     tokens_per_step *= training_args.gradient_accumulation_steps * len(train[0]["input_ids"])
     watch(trainer, Throughput(tokens_per_step))
-    trainer.train(resume_from_checkpoint=run.checkpoint)
-    trainer.save_model()
+    train_or_resume(trainer, run)
+    save_model(trainer)
     if not trainer.is_world_process_zero():
         return
     model = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype=torch.float32)

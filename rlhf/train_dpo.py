@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 import stages
 from pretrain.callbacks import watch
+from pretrain.checkpoints import train_or_resume
 from pretrain.eval import share_with_interval
 from pretrain.hardware import set_up_process, training_defaults
 from rlhf.eval import evaluate_policy
@@ -67,7 +68,7 @@ def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) 
     )
     complete_head(trainer.model)
     watch(trainer)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    train_or_resume(trainer, run)
     accuracy = trainer.evaluate()["eval_rewards/accuracies"]
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():

@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 import stages
 from pretrain.callbacks import watch
+from pretrain.checkpoints import train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts, load_tasks
 from rlhf.eval import evaluate_policy
@@ -78,7 +79,7 @@ def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig
     )
     complete_head(trainer.model)
     watch(trainer)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():
         metrics = evaluate_policy(

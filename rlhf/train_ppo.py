@@ -18,6 +18,7 @@ from trl import ModelConfig
 
 import stages
 from pretrain.callbacks import watch
+from pretrain.checkpoints import train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
@@ -68,7 +69,7 @@ def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) 
     )
     complete_head(trainer.model)
     watch(trainer)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():
         metrics = evaluate_policy(

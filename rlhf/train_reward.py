@@ -20,6 +20,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 
 import stages
 from pretrain.callbacks import watch
+from pretrain.checkpoints import save_model, train_or_resume
 from pretrain.eval import mean_with_interval, share_with_interval
 from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from pretrain.optimizer import make_optimizer
@@ -75,8 +76,8 @@ def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelCo
         rate, decay = training_args.learning_rate, training_args.weight_decay
         trainer.optimizer = make_optimizer("muon", trainer.model, rate, decay)
     watch(trainer)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
-    trainer.save_model()
+    train_or_resume(trainer, run)
+    save_model(trainer)
     if trainer.is_world_process_zero():
         metrics = evaluate_reward_model(training_args.output_dir, list(test))
         metrics |= score_reference(training_args.output_dir, base)

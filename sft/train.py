@@ -20,6 +20,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 import stages
 from pretrain.callbacks import watch
+from pretrain.checkpoints import check_saved_weights, move_into_place, save_model, train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from pretrain.optimizer import make_optimizer
 from sft.data import check_chat_template, load_conversations, render, split_rows
@@ -71,7 +72,7 @@ def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) 
         rate, decay = training_args.learning_rate, training_args.weight_decay
         trainer.optimizer = make_optimizer("muon", trainer.model, rate, decay)
     watch(trainer)
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     loss = trainer.evaluate()["eval_loss"]
     metrics = {"loss": {"value": loss, "n": len(validation), "unit": "nats/assistant token"}}
@@ -114,15 +115,18 @@ def save_chat_model(trainer, tokenizer, base) -> dict[str, float]:
     output_dir = Path(trainer.args.output_dir)
     if not hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
         set_stop_tokens(trainer.accelerator.unwrap_model(trainer.model), tokenizer)
-        trainer.save_model()
+        save_model(trainer)
         return {}
-    trainer.save_model(str(output_dir / "adapter"))
+    save_model(trainer, output_dir / "adapter")
     if not trainer.is_world_process_zero():
         return {}
     merged, parity = merge_adapter(base, output_dir / "adapter")
     set_stop_tokens(merged, tokenizer)
-    merged.save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    beside = output_dir / stages.BESIDE
+    merged.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    check_saved_weights(merged, beside)
+    move_into_place(beside, output_dir)
     return parity
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +16,15 @@ SENTENCES = [
     "Who are you? I am LadderLM, a small model.",
     "你是谁？我是天梯，一个小模型。",
 ]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is slow, whatever else `-m` asks for, unless it is asked for by name."""
+    if "slow" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session")
@@ -47,5 +57,22 @@ def base_dir(tokenizer, tiny_config, tmp_path_factory):
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("base")
     GPT2LMHeadModel(tiny_config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def blocks_dir(tokenizer, tmp_path_factory):
+    """What pretrain.prepare leaves: 48 training blocks of 32 tokens, and its tokenizer."""
+    from pretrain.prepare import PrepareArguments, write_split
+
+    directory = tmp_path_factory.mktemp("prepare")
+    args = PrepareArguments(output_dir=str(directory), block_size=32)
+    texts = [f"{SENTENCES[i % 4]} {i} + {i} = {2 * i}." for i in range(70)]
+    for split, documents in (("train", texts), ("validation", texts[:6])):
+        counts = write_split(split, documents, tokenizer, args)
+        assert split == "validation" or counts["blocks"] >= 48, counts
+    table = pq.read_table(directory / "train-00000.parquet")
+    pq.write_table(table.slice(0, 48), directory / "train-00000.parquet")
     tokenizer.save_pretrained(directory)
     return directory

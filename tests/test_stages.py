@@ -1,6 +1,8 @@
 """The contract on disk: inputs, runs, resume, lineage."""
 
+import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -68,11 +70,34 @@ def test_foreign_directories_and_hub_names_pass(tmp_path):
     assert str(stages.require_input("openai-community/gpt2")) == "openai-community/gpt2"
 
 
-@pytest.mark.parametrize(("launched", "seen", "fails"), [("1", 1, False), ("2", 1, True)])
-def test_world_size_guard(monkeypatch, launched, seen, fails):
-    monkeypatch.setenv("WORLD_SIZE", launched)
-    if fails:
-        with pytest.raises(ValueError, match="started 2 processes, the trainer sees 1"):
+@pytest.mark.parametrize(
+    ("environment", "seen", "message"),
+    [
+        ({}, 1, None),
+        ({"WORLD_SIZE": "1"}, 1, None),
+        ({"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2"}, 4, None),  # a launcher a node
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, 1, None),
+        ({"MASTER_ADDR": "node0"}, 1, None),  # exported by a job script, no launcher
+        # torchrun without use_cpu: independent copies
+        ({"WORLD_SIZE": "2"}, 1, "started 2 processes, the trainer sees 1"),
+        # srun, mpirun without a launcher
+        ({"SLURM_STEP_NUM_TASKS": "8"}, 1, "started 8 processes, the trainer sees 1"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "started 2 processes, the trainer sees 1"),
+        # accelerate launch --cpu --num_processes 2, or MULTI_CPU: what it leaves in the environment
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
+            1,
+            "asked for several processes and started one",
+        ),
+    ],
+)
+def test_world_size_guard(monkeypatch, environment, seen, message):
+    for name in (*stages.PROCESS_COUNTS, "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message:
+        with pytest.raises(ValueError, match=message):
             stages.check_world_size(seen)
     else:
         stages.check_world_size(seen)
@@ -121,22 +146,91 @@ def test_launcher_flags_do_not_make_another_run(tmp_path, words):
     assert not stages.is_unchanged(tmp_path / "sft", [*argv, "--seed", "1"])
 
 
+def write_checkpoint(out, step, whole=True):
+    path = out / f"checkpoint-{step}"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "weights").write_text("12345")
+    (path / "trainer_state.json").write_text("{}")
+    if whole:
+        stages.write_json(path / stages.WHOLE, {"files": {"weights": 5, "trainer_state.json": 2}})
+    return str(path)
+
+
+def names(out):
+    return sorted(path.name for path in out.glob("checkpoint-*"))
+
+
 def test_an_interrupted_run_goes_on_only_when_nothing_changed(tmp_path, words):
     out = tmp_path / "sft"
-
-    def interrupt():
-        assert stages.start_run("sft", out, []).checkpoint is None
-        for step, whole in ((5, True), (10, True), (15, False)):
-            (out / f"checkpoint-{step}").mkdir(exist_ok=True)
-            if whole:
-                (out / f"checkpoint-{step}/trainer_state.json").write_text("{}")
-
     words("--seed", "1")
-    interrupt()
+    assert stages.start_run("sft", out, []).checkpoint is None
+    for step in (5, 10):
+        write_checkpoint(out, step)
+    write_checkpoint(out, 15, whole=False)
+    write_checkpoint(out, 20)
+    (out / "checkpoint-20/weights").write_text("123")  # whole once, cut off later
+    (out / "adapter" / stages.BESIDE).mkdir(parents=True)
     assert stages.start_run("sft", out, []).checkpoint == str(out / "checkpoint-10")
+    assert names(out) == ["checkpoint-10", "checkpoint-5"], "new files go beside no old ones"
+    assert not (out / "adapter" / stages.BESIDE).exists()
     words("--seed", "2")
     assert stages.start_run("sft", out, []).checkpoint is None
-    assert not list(out.glob("checkpoint-*")), "another run's checkpoints must not be taken later"
+    assert not names(out), "another run's checkpoints must not be taken later"
+
+
+@dataclasses.dataclass
+class Training:
+    """The fields of TrainingArguments that decide where a run goes on."""
+
+    resume_from_checkpoint: str | None = None
+    train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    world_size: int = 1
+
+
+def test_a_path_without_a_whole_checkpoint_is_an_error_that_names_it(tmp_path, words):
+    out = tmp_path / "sft"
+    stages.start_run("sft", out, [Training()])
+    write_checkpoint(out, 5)
+    half = write_checkpoint(out, 10, whole=False)
+    for path in (half, str(out / "checkpoint-99"), str(tmp_path / "elsewhere")):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{path}: there is no whole")) as e:
+            stages.start_run("sft", out, [Training(path)])
+        assert path == str(tmp_path / "elsewhere") or "checkpoint-5" in str(e.value)
+    assert names(out) == ["checkpoint-10", "checkpoint-5"], "an error must not remove anything"
+
+
+def test_a_run_can_be_rolled_back_and_can_start_from_another(tmp_path, words):
+    out, other = tmp_path / "sft", write_checkpoint(tmp_path / "other", 7)
+    stages.start_run("sft", out, [Training()])
+    asked = write_checkpoint(out, 5)
+    write_checkpoint(out, 10)
+    words("--resume_from_checkpoint", asked)
+    assert stages.start_run("sft", out, [Training(asked)]).checkpoint == asked
+    assert names(out) == ["checkpoint-5"]
+    words()
+    assert stages.start_run("sft", out, [Training()]).checkpoint == asked, "the same run goes on"
+    words("--resume_from_checkpoint", other)
+    assert stages.start_run("sft", out, [Training(other)]).checkpoint == other
+    assert names(out) == [], "checkpoint-5 was of another run"
+    newest = write_checkpoint(out, 8)
+    assert stages.start_run("sft", out, [Training(other)]).checkpoint == newest, "killed: goes on"
+    words()
+    assert stages.start_run("sft", out, [Training()]).checkpoint is None, "not the same run"
+
+
+def test_a_run_goes_on_with_the_same_batch_divided_otherwise(tmp_path, words):
+    out = tmp_path / "sft"
+    words("--seed", "1")
+    stages.start_run("sft", out, [Training()])
+    kept = write_checkpoint(out, 5)
+    with pytest.raises(ValueError, match="took 8 examples a step.*it would be 16"):
+        stages.start_run("sft", out, [Training(world_size=2)])
+    words("--seed", "1", "--per_device_train_batch_size", "4")
+    halves = Training(train_batch_size=4, world_size=2)
+    assert stages.start_run("sft", out, [halves]).checkpoint == kept
+    words("--seed", "1", "--per_device_train_batch_size", "16")
+    assert stages.start_run("sft", out, [Training(train_batch_size=16)]).checkpoint is None
 
 
 def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):

@@ -1,0 +1,236 @@
+"""Checkpoints that are whole or not there, and saved files that are what was trained.
+
+Every stage trains through `train_or_resume` and saves through `save_model`:
+
+- a checkpoint counts when `complete.json` stands in it. That is written last, when every process
+  has written its part, the files are on the disk and the weights in them equal the live ones.
+- an older checkpoint goes only after that, so that a killed run always has one to go on from.
+- a final output is written beside its place, compared with the live weights, and moved.
+
+With several machines, `output_dir` has to be on a file system that they share.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from safetensors import safe_open
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import stages
+
+
+def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
+    """Train, from the run's checkpoint where there is one.
+
+    Raises:
+        ValueError: the checkpoint was written by ZeRO on other processes, or without it; or
+            DeepSpeed is not there although it was asked for.
+        RuntimeError: saved weights differ from the live ones.
+    """
+    wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if wanted and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed was asked for, and accelerate left it out, as it does where "
+            "ACCELERATE_USE_CPU=true or `use_cpu: true` in its file: without it, DS_ACCELERATOR=cpu"
+        )
+    if run.checkpoint:
+        check_same_sharding(run.checkpoint, trainer)
+    trainer.add_callback(WholeCheckpoints(trainer, run.checkpoint))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+
+
+def save_model(trainer: Trainer, directory: str | os.PathLike | None = None) -> None:
+    """`trainer.save_model`, whole or not at all: every process has to call it.
+
+    Args:
+        directory: where to; None is the trainer's `output_dir`.
+
+    Raises:
+        RuntimeError: the files do not hold the live weights.
+    """
+    directory = Path(directory or trainer.args.output_dir)
+    beside = directory / stages.BESIDE
+    trainer.save_model(str(beside))
+    check_saved_weights(trainer.model, beside)
+    if trainer.args.should_save:
+        move_into_place(beside, directory)
+    stages.wait_for_all_processes()
+    unset_hf_deepspeed_config()  # what is loaded from here on is no part of ZeRO-3's shards
+
+
+def move_into_place(beside: Path, directory: Path) -> None:
+    """Move what was written `beside` into `directory`, over what an earlier run left there."""
+    sync_to_disk(beside)
+    written = {path.name for path in beside.iterdir()}
+    for old in directory.glob("*.safetensors*"):
+        if old.name not in written:  # another number of shards
+            old.unlink()
+    for path in beside.iterdir():
+        target = directory / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    beside.rmdir()
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Check each checkpoint, mark it as whole, then let older ones go.
+
+    It takes `save_total_limit` over from transformers, which removes the old checkpoint before the
+    other processes have written their part of the new one. The best one, for
+    `load_best_model_at_end`, is kept beside the newest.
+
+    Args:
+        trainer: whose checkpoints they are.
+        checkpoint: where the run goes on from.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: str | None):
+        self.trainer = trainer
+        self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+        self.has_ended = checkpoint is not None and ended_early(checkpoint)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take no step behind the last one: transformers would take one more."""
+        if self.has_ended or state.global_step >= state.max_steps:
+            self.trainer.get_batch_samples = _get_no_batches
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """Compare, wait for the disk and the other processes, mark, tidy up."""
+        path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        check_saved_weights(model, path)
+        stages.wait_for_all_processes()  # all of them have written their part
+        if args.local_process_index == 0:
+            sync_to_disk(path)
+        stages.wait_for_all_processes()
+        if args.should_save:
+            files = (file for file in sorted(path.rglob("*")) if file.is_file())
+            whole = {
+                "step": state.global_step,
+                "processes": args.world_size,
+                "zero_stage": zero_stage(self.trainer),
+                "files": {str(file.relative_to(path)): file.stat().st_size for file in files},
+            }
+            stages.write_json(path / stages.WHOLE, whole)
+            _sync(path)
+            self._rotate(Path(args.output_dir), state.best_model_checkpoint)
+
+    def _rotate(self, directory: Path, best: str | None) -> None:
+        older = stages.list_checkpoints(directory)[: -self.limit] if self.limit else []
+        for checkpoint in older:
+            if best is None or checkpoint.resolve() != Path(best).resolve():
+                stages.remove_checkpoint(checkpoint)
+
+
+def _get_no_batches(*args, **kwargs):
+    """In place of `Trainer.get_batch_samples`, where all batches have been trained on."""
+    return [], None
+
+
+def ended_early(checkpoint: str | os.PathLike) -> bool:
+    """Whether a callback (early stopping, a budget) ended training at this checkpoint."""
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {})
+    return bool(control.get("should_training_stop")) and state["global_step"] < state["max_steps"]
+
+
+def zero_stage(trainer: Trainer) -> int:
+    """The ZeRO stage that the trainer runs with, 0 without DeepSpeed."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return plugin.zero_stage if plugin else 0
+
+
+def check_same_sharding(checkpoint: str | os.PathLike, trainer: Trainer) -> None:
+    """Raise a ValueError where the optimizer's states are cut in other pieces than are needed.
+
+    Without ZeRO every process holds them whole, so any number of processes can go on. ZeRO's are
+    one file a process; transformers would go on without them, and without a word.
+    """
+    written = stages.read_json(Path(checkpoint, stages.WHOLE))
+    made = (written["zero_stage"], written["processes"])
+    now = (zero_stage(trainer), trainer.args.world_size)
+    if made != now and (made[0] or now[0]):
+        raise ValueError(
+            f"{checkpoint} was written with ZeRO stage {made[0]} on {made[1]} processes, this is "
+            f"stage {now[0]} on {now[1]} (0: no ZeRO). Its optimizer states only fit the former: "
+            "start it as before, or start anew from its weights with --model_name_or_path "
+            "and another --output_dir."
+        )
+
+
+def check_saved_weights(model: Any, directory: str | os.PathLike) -> None:
+    """Compare the safetensors files in a directory with the model in memory, bit by bit.
+
+    Every process has to call it: ZeRO-3's parameters are gathered, one at a time. Of a PEFT model
+    the adapter is compared.
+
+    Raises:
+        RuntimeError: a weight is missing, unknown or different (in the main process).
+    """
+    saved = {}
+    if stages.is_main_process():
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            saved |= {name: file for name in file.keys()}
+    wrong, found, live = [], set(), dict(_live_weights(model))
+    for name, tensor in live.items():
+        with _gathered(tensor):
+            if name in saved:
+                found.add(id(tensor))
+                stored = saved[name].get_tensor(name)
+                if not torch.equal(stored, tensor.detach().cpu().to(stored.dtype)):
+                    wrong.append(f"{name} differs")
+    if not stages.is_main_process():
+        return
+    # Of tied weights one is in the file, under any of their names.
+    wrong += [f"{name} is missing" for name, tensor in live.items() if id(tensor) not in found]
+    wrong += [f"{name} is unknown" for name in saved if name not in live]
+    if wrong:
+        raise RuntimeError(
+            f"{directory} does not hold the weights that are in memory: {', '.join(wrong[:5])} "
+            f"({len(wrong)} of {len(live)} weights). Nothing was replaced by it. Look at the disk "
+            "(full? faulty?); under ZeRO-3 set stage3_gather_16bit_weights_on_model_save."
+        )
+
+
+def _live_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is expected in the files, by name: the tensors themselves, under ZeRO-3 placeholders."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    persistent = model.state_dict().keys()
+    expected |= {k: v for k, v in model.named_buffers() if k in persistent}
+    if hasattr(model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        expected = get_peft_model_state_dict(model, state_dict=expected)
+    yield from expected.items()
+
+
+def _gathered(tensor: torch.Tensor):
+    if not hasattr(tensor, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor])
+
+
+def sync_to_disk(directory: Path) -> None:
+    """Wait until all files of a directory are on the disk: a power failure must not empty them."""
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
