@@ -33,8 +33,8 @@ def plan_steps(args: TrainingArguments, minutes: float, checkpoint: str | None) 
         raise ValueError(f"minutes is {minutes}: give a positive number, or leave it out")
     if not isinstance(make_scheduler(args, steps=100), LambdaLR):
         raise ValueError(
-            f"minutes needs a schedule with an end: lr_scheduler_type is {args.lr_scheduler_type}; "
-            "use cosine, linear or warmup_stable_decay"
+            f"minutes needs a schedule with an end, not {args.lr_scheduler_type.value}: set "
+            "lr_scheduler_type to cosine, linear or warmup_stable_decay"
         )
     args.max_steps = UNKNOWN_STEPS
     if checkpoint is not None:

@@ -176,7 +176,7 @@ class PlainProgress(TrainerCallback):
         held_out = "eval_loss" in logs
         if not held_out:  # of a rollout that serves several steps, only the first log has all
             self.newest |= {key: value for key, value in logs.items() if key in SHOWN}
-        wanted = held_out or tenth > self.tenth
+        wanted = held_out or (tenth > self.tenth and "train_runtime" not in logs)
         if not (state.is_world_process_zero and wanted):
             return
         if not (numbers := describe(logs if held_out else self.newest)):

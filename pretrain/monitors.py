@@ -137,7 +137,7 @@ class LossGuard(TrainerCallback):
         cause = (
             f"Weights were not finite any more, {spoilt[0]} first: an update before it was too "
             "large. Lower learning_rate or max_grad_norm, or lengthen warmup_steps"
-            if spoilt and loss.device.type == "cpu"
+            if spoilt and input_ids.device.type == "cpu"
             else "Look at these blocks, or lower learning_rate"
         )
         return (
