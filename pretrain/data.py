@@ -33,7 +33,8 @@ class PackedCollator:
 
     Positions start again at 0 at every <bos>: no token attends to another document, and a packed
     document gets the logits it would get alone. <bos> itself is never a label, since nothing of
-    its own document precedes it.
+    its own document precedes it; nor is a block's first token, since nothing precedes it at all
+    and transformers' Trainer, which divides by the number of labels, would count it.
     """
 
     def __init__(self, bos_token_id: int):
@@ -48,5 +49,5 @@ class PackedCollator:
         return {
             "input_ids": input_ids,
             "position_ids": index - last_start,
-            "labels": input_ids.masked_fill(starts, -100),
+            "labels": input_ids.masked_fill(starts | (index == 0), -100),
         }

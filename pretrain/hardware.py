@@ -11,6 +11,7 @@ import sys
 import warnings
 
 import torch
+from transformers.integrations import is_tensorboard_available
 
 from pretrain.attention import BLOCKWISE
 
@@ -23,7 +24,7 @@ def training_defaults() -> dict:
         "bf16": supports_bf16(),
         "gradient_checkpointing": False,
         "dataloader_pin_memory": gpu,
-        "report_to": [],
+        "report_to": ["tensorboard"] if is_tensorboard_available() else [],
         "disable_tqdm": not sys.stderr.isatty(),
         "logging_nan_inf_filter": False,  # it would replace a NaN loss by a number
         "save_total_limit": 1,
@@ -82,10 +83,19 @@ def quiet_logs() -> None:
     """Silence what third parties print on every normal run; errors and our own lines stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds the same, with a warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     unneeded = ".*(pin_memory|TRANSFORMERS_CACHE|lr_scheduler|fan_in_fan_out).*"
     warnings.filterwarnings("ignore", message=unneeded)
-    for name in ("bitsandbytes", "accelerate", "DeepSpeed", "torch.distributed", "httpx"):
+    for name in (
+        "bitsandbytes",
+        "accelerate",
+        "DeepSpeed",
+        "torch.distributed",
+        "httpx",
+        "matplotlib",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers

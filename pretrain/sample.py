@@ -27,7 +27,8 @@ def continue_text(
         ids = [tokenizer.bos_token_id, *ids]
     if not ids:
         raise ValueError("this tokenizer has no <bos>: give a prompt of at least one token")
-    torch.manual_seed(seed)
+    if temperature > 0:
+        torch.manual_seed(seed)
     context = getattr(model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
     output = model.generate(

@@ -1,7 +1,8 @@
 """Pretrain a causal language model on packed blocks.
 
 Reads   the output of pretrain.prepare (blocks, meta.json, tokenizer)
-Writes  a model directory that from_pretrained loads; metrics.jsonl, eval.json, run.json
+Writes  a model directory that from_pretrained loads; metrics.jsonl, runs/ (TensorBoard),
+        samples.jsonl, curves.png, eval.json, run.json
 
     python -m pretrain.train --config configs/tiny/pretrain.yaml
     accelerate launch --config_file configs/launch/cpu.yaml \
@@ -25,12 +26,15 @@ from transformers import (
 )
 
 import stages
+from pretrain.budget import Budget, plan_steps
 from pretrain.callbacks import Throughput, watch
 from pretrain.checkpoints import save_model, train_or_resume
+from pretrain.costs import flops_per_token
 from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import evaluate_language_model
 from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
+from pretrain.monitors import HeldOut, LossGuard, Samples
 from pretrain.optimizer import make_optimizer
 from pretrain.sample import SAMPLE_PROMPTS, continue_text
 
@@ -53,6 +57,12 @@ class PretrainArguments:
     eval_documents: int = field(
         default=400, metadata={"help": "held-out documents measured at the end"}
     )
+    minutes: float | None = field(
+        default=None, metadata={"help": "train so long: fixes max_steps from the first steps' time"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "evaluations in a row without a better one, then stop"}
+    )
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
@@ -60,11 +70,21 @@ class PretrainArguments:
 
 
 class PretrainTrainer(Trainer):
-    """transformers' Trainer with our optimizers, through its public hook."""
+    """transformers' Trainer with our optimizers and a guarded loss, through its public hooks."""
 
-    def __init__(self, *args, optimizer_name: str, **kwargs):
+    def __init__(self, *args, optimizer_name: str, loss_guard: LossGuard, **kwargs):
         super().__init__(*args, **kwargs)
         self.optimizer_name = optimizer_name
+        self.loss_guard = loss_guard
+        self.add_callback(loss_guard)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """The model's own loss; in training the guard looks at it."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            step = self.state.global_step + 1
+            self.loss_guard.see(self.model, loss, inputs["input_ids"], step)
+        return loss
 
     def create_optimizer(self, model=None):
         """AdamW or Muon over the model's parameters.
@@ -98,6 +118,8 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.data_dir)
     train, validation = (load_blocks(args.data_dir, split) for split in ("train", "validation"))
     model = load_model(args, tokenizer, block_size=len(train[0]["input_ids"]))
+    if args.minutes is not None:
+        plan_steps(training_args, args.minutes, run.checkpoint)
     trainer = PretrainTrainer(
         model=model,
         args=training_args,
@@ -106,10 +128,9 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
         data_collator=PackedCollator(tokenizer.bos_token_id),
         processing_class=tokenizer,
         optimizer_name=args.optimizer,
+        loss_guard=LossGuard(args.data_dir, train),
     )
-    tokens_per_step = training_args.train_batch_size * training_args.world_size
-    tokens_per_step *= training_args.gradient_accumulation_steps * len(train[0]["input_ids"])
-    watch(trainer, Throughput(tokens_per_step))
+    throughput = watch_pretraining(trainer, args)
     train_or_resume(trainer, run)
     save_model(trainer)
     if not trainer.is_world_process_zero():
@@ -118,7 +139,33 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     texts = unpack_documents(validation, tokenizer, args.eval_documents)
     metrics = evaluate_language_model(model, tokenizer, texts)
     samples = [continue_text(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
-    run.finish(metrics, parameters=model.num_parameters(), samples=samples)
+    run.finish(
+        metrics,
+        parameters=model.num_parameters(),
+        samples=samples,
+        steps=trainer.state.global_step,
+        flops_per_token=throughput.flops_per_token,
+        peak_flops_per_second=throughput.peak_flops_per_second,
+    )
+
+
+def watch_pretraining(trainer: PretrainTrainer, args: PretrainArguments) -> Throughput:
+    """Measure speed, held-out bits per byte and samples; keep to `minutes`.
+
+    Returns:
+        What measures the speed: it knows a token's FLOPs, and the peak once training has begun.
+    """
+    training_args, tokenizer = trainer.args, trainer.processing_class
+    context = len(trainer.train_dataset[0]["input_ids"])
+    tokens_per_step = training_args.train_batch_size * training_args.world_size
+    tokens_per_step *= training_args.gradient_accumulation_steps * context
+    cost = flops_per_token(trainer.model.config, context)
+    throughput = Throughput(tokens_per_step, cost)
+    callbacks = [HeldOut(trainer.eval_dataset, tokenizer), Samples(trainer, tokenizer), throughput]
+    if args.minutes is not None:
+        callbacks.append(Budget(args.minutes))  # the last: an evaluation's time has its samples
+    watch(trainer, *callbacks, early_stopping_patience=args.early_stopping_patience)
+    return throughput
 
 
 def load_model(args: PretrainArguments, tokenizer, block_size: int):

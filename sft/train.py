@@ -44,6 +44,9 @@ class SFTArguments:
     use_muon: bool = field(
         default=False, metadata={"help": "Muon for matrices, those of LoRA too, instead of `optim`"}
     )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "evaluations in a row without a better one, then stop"}
+    )
 
 
 def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
@@ -71,7 +74,7 @@ def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) 
     if args.use_muon:
         rate, decay = training_args.learning_rate, training_args.weight_decay
         trainer.optimizer = make_optimizer("muon", trainer.model, rate, decay)
-    watch(trainer)
+    watch(trainer, early_stopping_patience=args.early_stopping_patience)
     train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     loss = trainer.evaluate()["eval_loss"]

@@ -1,5 +1,6 @@
 """Small, real things that several tests share: a tokenizer, a model, a copy of the repository."""
 
+import json
 import os
 from pathlib import Path
 
@@ -76,3 +77,58 @@ def blocks_dir(tokenizer, tmp_path_factory):
     pq.write_table(table.slice(0, 48), directory / "train-00000.parquet")
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(tokenizer, tmp_path_factory):
+    """Blocks of 32 tokens as `pretrain.prepare` writes them: two training shards, validation."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pretrain.prepare import pack, tokenize
+
+    directory = tmp_path_factory.mktemp("prepare")
+    train = [f"The river {i} runs past the mill." for i in range(80)]
+    held_out = ["Who are you? I am LadderLM. 小河流过磨坊。"] * 12
+    train, held_out = (list(pack(tokenize(texts, tokenizer), 32)) for texts in (train, held_out))
+    shards = {"train-00000": train[:20], "train-00001": train[20:], "validation-00000": held_out}
+    for name, rows in shards.items():
+        table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
+        pq.write_table(table, directory / f"{name}.parquet")
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def quick_arguments(output_dir, **changes):
+    """TrainingArguments of a quick run on the CPU that reports to nobody."""
+    from transformers import TrainingArguments
+
+    from pretrain.hardware import training_defaults
+
+    given = training_defaults() | {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    given |= {"output_dir": str(output_dir), "per_device_train_batch_size": 4, "logging_steps": 1}
+    return TrainingArguments(**given | changes)
+
+
+def pretrain(data_dir, output_dir, own=None, **changes):
+    """A whole run of pretrain.train with a model of one layer; the lines of its metrics.jsonl."""
+    from pretrain.train import PretrainArguments, main
+
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2}
+    args = PretrainArguments(str(data_dir), config_overrides=sizes, eval_documents=4, **own or {})
+    main(args, quick_arguments(output_dir, **changes))
+    return read_lines(output_dir / "metrics.jsonl")
+
+
+def read_lines(path):
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -33,7 +33,7 @@ def test_collator_restarts_positions_and_masks_bos():
     rows = [{"input_ids": torch.tensor([7, 8, 3, 2, 9, 9, 3, 2])}]
     batch = PackedCollator(bos_token_id=2)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
-    assert batch["labels"].tolist() == [[7, 8, 3, -100, 9, 9, 3, -100]]
+    assert batch["labels"].tolist() == [[-100, 8, 3, -100, 9, 9, 3, -100]]
 
 
 def test_whole_documents_come_back_from_blocks(tokenizer):
