@@ -1,12 +1,17 @@
 """A mixture: shares, budget, order, counts; and what prepare makes of it."""
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 
 from pretrain.prepare import PrepareArguments, main
 from tokenizer.mixture import check_budget, interleave, parse_shares, shuffle, take
@@ -166,3 +171,31 @@ def test_a_tokenizer_is_trained_on_a_mixture(monkeypatch, sources, tmp_path):
     assert chinese / total == pytest.approx(0.75, abs=0.01)
     record = json.loads((tmp_path / "t/run.json").read_text())
     assert record["held_out"] is True
+
+
+def test_hub_names_are_asked_of_the_mirror(tmp_path):
+    """`HF_ENDPOINT` decides who is asked; a mirror without the data set is a plain error."""
+    asked = []
+
+    class Mirror(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "from tokenizer.corpus import read_documents; next(read_documents('someone/texts:en'))"
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0", "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1",
+    }  # fmt: skip
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    server.shutdown()
+    assert any("someone/texts" in path for path in asked), (asked, done.stderr)
+    assert "FileNotFoundError: someone/texts:en: no such file, nor does the Hub" in done.stderr
