@@ -104,6 +104,8 @@ def blockwise_attention(
         return sdpa_attention_forward(
             module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    # Rotary positions are fp32 under autocast, and so are what they turn: llama, qwen3.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     time = query.shape[2]

@@ -22,6 +22,7 @@ def training_defaults() -> dict:
     return {
         "use_cpu": not gpu and not torch.backends.mps.is_available(),
         "bf16": supports_bf16(),
+        "fp16": gpu and not supports_bf16(),  # Trainer scales the loss by itself then
         "gradient_checkpointing": False,
         "dataloader_pin_memory": gpu,
         "report_to": ["tensorboard"] if is_tensorboard_available() else [],
@@ -46,6 +47,13 @@ def supports_bf16() -> bool:
 def choose_attention() -> str:
     """The fastest attention here: blocks of plain products on a CPU, else torch's kernel."""
     return BLOCKWISE if training_defaults()["use_cpu"] else "sdpa"
+
+
+def measure_memory() -> int:
+    """Bytes of the first GPU's memory, else of this machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def set_up_process() -> None:

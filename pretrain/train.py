@@ -32,10 +32,11 @@ from pretrain.checkpoints import save_model, train_or_resume
 from pretrain.costs import flops_per_token
 from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import evaluate_language_model
-from pretrain.hardware import choose_attention, set_up_process, training_defaults
+from pretrain.hardware import choose_attention, measure_memory, set_up_process, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.monitors import HeldOut, LossGuard, Samples
 from pretrain.optimizer import make_optimizer
+from pretrain.plan import Machine, Plan, find_sizes, format_plan, make_plan
 from pretrain.sample import SAMPLE_PROMPTS, continue_text
 
 
@@ -62,6 +63,9 @@ class PretrainArguments:
     )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "evaluations in a row without a better one, then stop"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "print parameters, FLOPs and memory, and write nothing"}
     )
 
     def __post_init__(self):
@@ -107,9 +111,12 @@ class PretrainTrainer(Trainer):
 
 
 def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
-    """Load blocks and model, train or resume, save, evaluate, record."""
+    """Load blocks and model, train or resume, save, evaluate, record; or only plan."""
     set_up_process()
     stages.check_world_size(training_args.world_size)
+    if args.dry_run:
+        print(format_plan(plan_run(args, training_args)))
+        return
     stages.require_input(args.data_dir, "train-*.parquet", "validation-*.parquet", "tokenizer.json")
     run = stages.start_run(
         "pretrain", training_args.output_dir, [args, training_args], [args.data_dir]
@@ -186,19 +193,16 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
             output_loading_info=True,
         )
         if loaded["missing_keys"] or loaded["unexpected_keys"]:
-            raise ValueError(f"{args.model_name_or_path} does not hold this model: {loaded}")
+            raise ValueError(
+                f"{args.model_name_or_path} does not hold this model, and weights are never made "
+                f"up: missing {sorted(loaded['missing_keys'])}, "
+                f"unexpected {sorted(loaded['unexpected_keys'])}"
+            )
     else:
-        sizes = {
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": block_size,
-            "resid_pdrop": 0.0,  # few epochs over much text: dropout would only slow it down
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        } | (args.config_overrides or {})
         special = {
             f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")
         }
-        config = AutoConfig.for_model(args.model_type, **special, **sizes)
+        config = make_config(args, len(tokenizer), block_size, special)
         make = GPT2LMHeadModel._from_config if args.model_type == "gpt2" else family.from_config
         model = make(config, attn_implementation=choose_attention())
         model.generation_config = GenerationConfig(**special)
@@ -212,6 +216,48 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
             f"{model.config.max_position_embeddings}"
         )
     return model
+
+
+def make_config(args: PretrainArguments, vocab_size: int, block_size: int, special: dict):
+    """The recipe's sizes, in any architecture; what the recipe leaves open fits the data.
+
+    Args:
+        special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+
+    Raises:
+        ValueError: a key of `config_overrides` that the architecture's config does not have.
+    """
+    known = AutoConfig.for_model(args.model_type)
+    names = known.attribute_map  # GPT-2 says n_positions for max_position_embeddings
+    overrides = {names.get(key, key): value for key, value in (args.config_overrides or {}).items()}
+    unknown = [key for key in overrides if not hasattr(known, key)]
+    if unknown:
+        raise ValueError(
+            f"config_overrides: {args.model_type} has no {', '.join(unknown)}; its sizes are named "
+            f"{', '.join(key for key, value in known.to_dict().items() if type(value) is int)}"
+        )
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": block_size}
+    # Few epochs over much text: dropout would only slow it down.
+    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = {names.get(key, key): value for key, value in sizes.items() if hasattr(known, key)}
+    return AutoConfig.for_model(args.model_type, **special, **(sizes | overrides))
+
+
+def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
+    """The plan of this run on this machine. The data need not be there.
+
+    Raises:
+        ValueError: Muon with ZeRO, or sizes that neither the data nor the recipe tells.
+    """
+    sizes = find_sizes(args.data_dir)
+    if args.model_name_or_path:
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+    else:
+        config = make_config(args, sizes.vocab_size, sizes.block_size, {})
+    low_precision = training_args.bf16 or training_args.fp16
+    memory = measure_memory() // (1 if torch.cuda.is_available() else training_args.world_size)
+    machine = Machine(training_args.world_size, memory, low_precision, choose_attention())
+    return make_plan(config, sizes, training_args, args.optimizer, machine)
 
 
 if __name__ == "__main__":

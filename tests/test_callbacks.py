@@ -44,13 +44,13 @@ def model(tiny_config):
 
 def test_flops_of_a_token_are_those_counted_by_hand(tiny_config):
     matrices = 2 * 12 * 64 * 64 + tiny_config.vocab_size * 64
-    assert costs.flops_per_token(tiny_config, 48) == 6 * matrices + 6 * 2 * 64 * 48
+    assert costs.flops_per_token(tiny_config, 48) == 6 * matrices + 12 * 2 * 64 * 48
     llama = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, vocab_size=100, tie_word_embeddings=False,
     )  # fmt: skip
     matrices = 3 * (2 * 64 * 32 + 2 * 64 * 16 + 3 * 64 * 96) + 100 * 64
-    assert costs.flops_per_token(llama, 10) == 6 * matrices + 6 * 3 * 32 * 10
+    assert costs.flops_per_token(llama, 10) == 6 * matrices + 12 * 3 * 32 * 10
 
 
 def test_peak_is_the_rate_of_the_fastest_product():

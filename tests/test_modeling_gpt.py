@@ -38,6 +38,81 @@ def test_logits_and_gradients_equal_transformers(pair, ids):
         torch.testing.assert_close(parameter.grad, gradients[1][name].grad, atol=1e-5, rtol=1e-4)
 
 
+def rows_of(kind, ids):
+    """The model's arguments for full, left-padded or packed rows; padding has no label."""
+    if kind == "full":
+        return {"input_ids": ids, "labels": ids}
+    if kind == "packed":
+        starts = torch.zeros(20, dtype=torch.long)
+        starts[[8, 13]] = torch.tensor([8, 5])
+        positions = (torch.arange(20) - starts.cumsum(0)).expand(3, -1)
+        labels = ids.masked_fill(positions == 0, -100)
+        return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    mask[1, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["full", "left-padded", "packed"])
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_equal_transformers(pair, ids, kind, training):
+    kwargs, results = rows_of(kind, ids), []
+    for model in pair:
+        model.zero_grad()
+        model.train(training)  # ours fuses the loss with the head then
+        output = model(**kwargs)
+        output.loss.backward()
+        model.eval()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        results.append((output.loss.detach(), model(**kwargs).logits.detach(), gradients))
+    (loss, logits, ours), (their_loss, their_logits, theirs) = results
+    seen = kwargs.get("attention_mask", torch.ones_like(ids)).bool()
+    torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits[seen], their_logits[seen], atol=1e-4, rtol=0)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_token_by_token_equals_transformers_and_the_whole_row(pair, ids):
+    kwargs = rows_of("left-padded", ids)
+    mask, positions = kwargs["attention_mask"], kwargs["position_ids"]
+    steps = []
+    for model in pair:
+        cache, logits = None, []
+        for t in range(ids.shape[1]):
+            output = model(
+                input_ids=ids[:, t : t + 1], attention_mask=mask[:, : t + 1],
+                position_ids=positions[:, t : t + 1], past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache = output.past_key_values
+            logits.append(output.logits)
+        steps.append(torch.cat(logits, 1)[mask.bool()])
+    torch.testing.assert_close(steps[0], steps[1], atol=1e-4, rtol=0)
+    kwargs.pop("labels")
+    torch.testing.assert_close(steps[0], pair[0](**kwargs).logits[mask.bool()], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "blockwise"])
+def test_checkpointing_gives_the_same_gradients(base_dir, ids, attention):
+    gradients = []
+    for checkpointing in (False, True):
+        model = GPT2LMHeadModel.from_pretrained(base_dir, attn_implementation=attention).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        calls = []
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        model(**rows_of("packed", ids)).loss.backward()
+        assert len(calls) == 1 + checkpointing, "the layer is computed once more on the way back"
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_left_padding_equals_transformers_and_no_padding(pair, ids):
     mask = torch.ones_like(ids)
     mask[0, :7] = 0

@@ -16,7 +16,7 @@ from pretrain.prepare import pack, tokenize
 
 def test_packing_loses_and_makes_no_token(tokenizer):
     documents = [f"Document {i} says {'la ' * (i % 7)}" for i in range(50)]
-    ids = list(tokenize(documents, tokenizer))
+    ids = [document.ids for document in tokenize(documents, tokenizer)]
     flat = [token for document in ids for token in document]
     blocks = list(pack(ids, block_size=16))
     assert [token for block in blocks for token in block] == flat[: len(flat) // 16 * 16]
@@ -24,7 +24,8 @@ def test_packing_loses_and_makes_no_token(tokenizer):
 
 
 def test_documents_stand_between_bos_and_eos(tokenizer):
-    (ids,) = tokenize(["小河 12"], tokenizer)
+    ((_, size, ids),) = tokenize(["小河 12"], tokenizer)
+    assert size == 9  # bytes
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert tokenizer.decode(ids[1:-1]) == "小河 12"
 
@@ -38,13 +39,14 @@ def test_collator_restarts_positions_and_masks_bos():
 
 def test_whole_documents_come_back_from_blocks(tokenizer):
     documents = [f"Document {i}. 小河。" for i in range(9)]
-    blocks = list(pack(tokenize(documents, tokenizer), block_size=16))
+    blocks = list(pack([d.ids for d in tokenize(documents, tokenizer)], block_size=16))
     blocks = Dataset.from_dict({"input_ids": blocks}).with_format("torch")
     assert unpack_documents(blocks, tokenizer, limit=4) == documents[:4]
 
 
 def test_one_document_longer_than_its_blocks_is_measured(tokenizer):
-    blocks = list(pack(tokenize(["The river runs. " * 40], tokenizer), block_size=16))
+    (document,) = tokenize(["The river runs. " * 40], tokenizer)
+    blocks = list(pack([document.ids], block_size=16))
     blocks = Dataset.from_dict({"input_ids": blocks}).with_format("torch")
     (play,) = unpack_documents(blocks, tokenizer, limit=400)
     assert len(blocks) > 3 and play.startswith("The river runs. The river") and len(play) > 500

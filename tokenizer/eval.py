@@ -6,6 +6,7 @@ python -m tokenizer.eval output/tiny/tokenizer --files data/generated/pretrain_v
 import argparse
 import unicodedata
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from tokenizer.corpus import list_files, read_documents
@@ -45,8 +46,13 @@ def evaluate_tokenizer(tokenizer: Any, documents: dict[str, list[str]]) -> dict[
 
 def read_by_language(data_files: list[str]) -> dict[str, list[str]]:
     """Documents by the language that most of their letters belong to: `zh` or `en`."""
+    return group_by_language(read_documents(data_files))
+
+
+def group_by_language(texts: Iterable[str]) -> dict[str, list[str]]:
+    """Texts by the language that most of their letters belong to."""
     documents = defaultdict(list)
-    for text in read_documents(data_files):
+    for text in texts:
         documents[detect_language(text)].append(text)
     return dict(documents)
 

@@ -15,18 +15,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import stages
 from tokenizer.corpus import read_documents
-from tokenizer.eval import evaluate_tokenizer, read_by_language
+from tokenizer.eval import evaluate_tokenizer, group_by_language, read_by_language
+from tokenizer.mixture import check_budget, interleave, open_sources, parse_shares, take
 from tokenizer.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
+
+SEED = 42  # order of a mixture's documents
 
 
 @dataclass
 class TokenizerArguments:
     """What the tokenizer is trained on, and how large it becomes."""
 
-    data_files: list[str] = field(default_factory=list, metadata={"help": "training text"})
+    data_files: list[str] = field(
+        default_factory=list, metadata={"help": "training text; name@share, ... for a mixture"}
+    )
     validation_files: list[str] = field(default_factory=list, metadata={"help": "held-out text"})
     output_dir: str = "output/my/tokenizer"
     vocab_size: int = field(default=4096, metadata={"help": "entries, special tokens included"})
+    max_bytes: int | None = field(
+        default=None, metadata={"help": "text taken from a mixture, UTF-8; None reads all"}
+    )
     max_token_length: int = field(default=16, metadata={"help": "longest entry, in UTF-8 bytes"})
     model_max_length: int = field(default=1024, metadata={"help": "context of the model, tokens"})
 
@@ -35,13 +43,39 @@ def main(args: TokenizerArguments) -> None:
     """Train, save, evaluate and record a tokenizer."""
     if not args.data_files:
         raise ValueError("data_files is empty: name the training text, e.g. --data_files my.txt")
-    data_files = args.data_files + args.validation_files
+    check_budget(args.data_files, args.max_bytes, "max_bytes")
+    data_files = [*parse_shares(args.data_files), *args.validation_files]
     run = stages.start_run("tokenizer", args.output_dir, [args], data_files=data_files)
-    bpe = train_bpe(read_documents(args.data_files), args.vocab_size, args.max_token_length)
+    documents, held_out = read_text(args)
+    bpe = train_bpe(documents, args.vocab_size, args.max_token_length)
     tokenizer = wrap(bpe, args.model_max_length)
     tokenizer.save_pretrained(args.output_dir)
-    held_out = read_by_language(args.validation_files or args.data_files)
-    run.finish(evaluate_tokenizer(tokenizer, held_out), held_out=bool(args.validation_files))
+    is_held_out = bool(args.validation_files or args.max_bytes)
+    run.finish(evaluate_tokenizer(tokenizer, held_out), held_out=is_held_out)
+
+
+def read_text(args: TokenizerArguments) -> tuple[Iterable[str], dict[str, list[str]]]:
+    """The training documents, and held-out ones by language.
+
+    Of a mixture `max_bytes` are taken, each source by its share. Without validation_files a
+    hundredth more of it, from its beginning, is held out; of other files the training text itself
+    is measured.
+    """
+    if args.max_bytes is None:
+        return read_documents(args.data_files), read_by_language(
+            args.validation_files or args.data_files
+        )
+    shares = parse_shares(args.data_files)
+    mixed = interleave(open_sources(shares, SEED), shares, _count_bytes)
+    if args.validation_files:
+        held_out = read_by_language(args.validation_files)
+    else:
+        held_out = group_by_language(take(mixed, args.max_bytes / 100, _count_bytes))
+    return take(mixed, args.max_bytes, _count_bytes), held_out
+
+
+def _count_bytes(text: str) -> int:
+    return len(text.encode())
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, max_token_length: int) -> Tokenizer:
