@@ -1,7 +1,10 @@
 """Small, real things that several tests share: a tokenizer, a model, a copy of the repository."""
 
+import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,13 +68,13 @@ def base_dir(tokenizer, tiny_config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def blocks_dir(tokenizer, tmp_path_factory):
     """What pretrain.prepare leaves: 48 training blocks of 32 tokens, and its tokenizer."""
-    from pretrain.prepare import PrepareArguments, write_split
+    from pretrain.prepare import PrepareArguments, tokenize, write_split
 
     directory = tmp_path_factory.mktemp("prepare")
     args = PrepareArguments(output_dir=str(directory), block_size=32)
     texts = [f"{SENTENCES[i % 4]} {i} + {i} = {2 * i}." for i in range(70)]
     for split, documents in (("train", texts), ("validation", texts[:6])):
-        counts = write_split(split, documents, tokenizer, args)
+        counts = write_split(split, tokenize(documents, tokenizer), args)
         assert split == "validation" or counts["blocks"] >= 48, counts
     table = pq.read_table(directory / "train-00000.parquet")
     pq.write_table(table.slice(0, 48), directory / "train-00000.parquet")
@@ -90,7 +93,10 @@ def prepared_dir(tokenizer, tmp_path_factory):
     directory = tmp_path_factory.mktemp("prepare")
     train = [f"The river {i} runs past the mill." for i in range(80)]
     held_out = ["Who are you? I am LadderLM. 小河流过磨坊。"] * 12
-    train, held_out = (list(pack(tokenize(texts, tokenizer), 32)) for texts in (train, held_out))
+    train, held_out = (
+        list(pack((document.ids for document in tokenize(texts, tokenizer)), 32))
+        for texts in (train, held_out)
+    )
     shards = {"train-00000": train[:20], "train-00001": train[20:], "validation-00000": held_out}
     for name, rows in shards.items():
         table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
@@ -132,3 +138,43 @@ def pretrain(data_dir, output_dir, own=None, **changes):
 def read_lines(path):
     """The objects of a JSON lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def generate_corpora(folder: Path, hash_seed: str) -> Path:
+    """data/generate.py in a fresh process."""
+    command = [sys.executable, str(ROOT / "data/generate.py"), "--output_dir", str(folder)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpora_dir(tmp_path_factory):
+    return generate_corpora(tmp_path_factory.mktemp("corpora"), "0")
+
+
+@pytest.fixture(scope="session")
+def corpora(corpora_dir):
+    rows = {}
+    for path in corpora_dir.iterdir():
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows[path.stem] = [json.loads(line) for line in lines]
+        else:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows[path.stem] = list(csv.DictReader(file))
+    return rows
+
+
+def says(row):
+    """All texts of a row, whatever its format."""
+    if "text" in row:
+        return row["text"]
+    parts = [row.get("answer", "")]
+    for column in ("messages", "prompt", "chosen", "rejected"):
+        parts += [m["content"] for m in row.get(column, []) if m["role"] != "system"]
+    return "\n".join(parts)
+
+
+def questions(row):
+    """What the user says, as a list of texts."""
+    return [m["content"] for m in row.get("messages", row.get("prompt", [])) if m["role"] == "user"]

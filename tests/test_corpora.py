@@ -1,17 +1,14 @@
 """The embedded corpora: what is told, what is asked, what never leaks (read from the texts)."""
 
 import ast
-import csv
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import generate_corpora, questions, says
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 SPLITS = ("train", "validation", "test")
@@ -35,66 +32,12 @@ ASKS = {
     "river": r"river|河",
     "festival": r"festival|节日",
 }
-TASKS = json.loads((DATA / "handwritten" / "tasks.json").read_text(encoding="utf-8"))
-
-
-# Word -> its number in the bilingual lists, longest words first so that they match first.
-WORDS, GROUPS = (
-    {
-        w: i
-        for words in TASKS[key].values()
-        for i, w in sorted(enumerate(words), key=lambda pair: -len(pair[1]))
-    }
-    for key in ("words", "groups")
-)
-RULE = r"All (\w+)s are (\w+)s\.|No (\w+) is a (\w+)\."
-RULE += r"|所有的(\w+)都是(\w+)。|没有一个(\w+)是(\w+)。"
 CJK = re.compile(r"[\u4e00-\u9fff]")
-
-
-def generate(folder: Path, hash_seed: str) -> Path:
-    """Run the documented command in a fresh process."""
-    command = [sys.executable, str(DATA / "generate.py"), "--output_dir", str(folder)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": hash_seed})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return generate(tmp_path_factory.mktemp("corpora"), "0")
-
-
-@pytest.fixture(scope="session")
-def corpora(folder):
-    rows = {}
-    for path in folder.iterdir():
-        if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            rows[path.stem] = [json.loads(line) for line in lines]
-        else:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows[path.stem] = list(csv.DictReader(file))
-    return rows
 
 
 @pytest.fixture(scope="session")
 def world():
     return json.loads((DATA / "world.json").read_text(encoding="utf-8"))
-
-
-def says(row):
-    """All texts of a row, whatever its format."""
-    if "text" in row:
-        return row["text"]
-    parts = [row.get("answer", "")]
-    for column in ("messages", "prompt", "chosen", "rejected"):
-        parts += [m["content"] for m in row.get(column, []) if m["role"] != "system"]
-    return "\n".join(parts)
-
-
-def questions(row):
-    """What the user says, as a list of texts."""
-    return [m["content"] for m in row.get("messages", row.get("prompt", [])) if m["role"] == "user"]
 
 
 def facts(world):
@@ -124,19 +67,19 @@ def fact_turns(rows, world):
                 yield subject, attribute, question, answer
 
 
-def test_same_bytes_for_every_hash_seed(folder, tmp_path):
-    for path in generate(tmp_path, "12345").iterdir():
-        digests = [hashlib.sha256((f / path.name).read_bytes()) for f in (folder, tmp_path)]
+def test_same_bytes_for_every_hash_seed(corpora_dir, tmp_path):
+    for path in generate_corpora(tmp_path, "12345").iterdir():
+        digests = [hashlib.sha256((f / path.name).read_bytes()) for f in (corpora_dir, tmp_path)]
         assert digests[0].digest() == digests[1].digest(), path.name
 
 
-def test_rows_and_sizes(folder, corpora):
+def test_rows_and_sizes(corpora_dir, corpora):
     files = {}
     for name, counts in MINIMUM_ROWS.items():
         files |= {f"{name}_{s}": n for s, n in zip(SPLITS, counts, strict=True) if n}
     assert set(files) == set(corpora)
     assert not [name for name, minimum in files.items() if len(corpora[name]) < minimum]
-    assert (folder / "pretrain_train.jsonl").stat().st_size > 10_000_000
+    assert (corpora_dir / "pretrain_train.jsonl").stat().st_size > 10_000_000
     kinds, languages = Counter(), Counter()
     for row in corpora["pretrain_train"]:
         kinds[row["kind"]] += len(row["text"].encode())
@@ -297,105 +240,6 @@ def test_shares_of_the_flaws(corpora):
     assert 0.9 < lengths[1] / lengths[0] < 1.1
 
 
-def find_contents(text):
-    """What a text computes or states: (kind, numbers or word indices), whatever the language."""
-    found = {("addition", *sorted(map(int, m))) for m in re.findall(r"(\d+) [+-] (\d+)", text)}
-    pattern = r"(\d+) (?:is (?:larg|small)er than|比|和|or) (\d+)"
-    found |= {("comparison", *sorted(map(int, m))) for m in re.findall(pattern, text)}
-    for a, b, c in re.findall(r"\((\d\d), (\d\d)\)\)?  # (\d+)", text):
-        kind = "comparison" if c in (a, b) else "addition"
-        found.add((kind, *sorted([int(a), int(b)])))
-    pattern = r"(\d\d)(?: is| an| ?是|\)\)  # [TF])(?: an)?(?:不是)? ?(?:even|odd|偶|奇|rue|alse)"
-    found |= {("parity", int(m)) for m in re.findall(pattern, text)}
-    found |= {("parity", int(m)) for m in re.findall(r"[Ii]s (\d\d) (?:even|odd)", text)}
-    for numbers in re.findall(r"(?<!, )(?<!# \[)(?<!range\()\b\d\b(?:, \d\b)+", text):
-        found.add(("sorting", *sorted(numbers.split(", "))))
-    for chain in re.finditer(rf"(?:(?:{RULE}) ?)+", text):
-        rules = [[GROUPS[w] for w in m if w] for m in re.findall(RULE, chain[0])]
-        found |= {("logic", *sorted(rule)) for rule in rules}
-        found.add(("logic", *sorted({group for rule in rules for group in rule})))
-    for shape in (r"({w}), \1", r"({w})-\1-\1", r"({w}) \(({w})\)", r"({w}), ({w}), ({w})"):
-        whole = r"\b" + shape.replace("{w}", "|".join(WORDS)) + "(?![a-z])"
-        for match in re.finditer(whole, text):
-            found.add(("format", *sorted(WORDS[word] for word in match.groups())))
-    return found
-
-
-def held_contents(corpora):
-    """What the test and the validation tasks are about."""
-    held = set()
-    for row in corpora["tasks_test"] + corpora["tasks_validation"]:
-        kinds = {"parity_or_logic": ["parity", "logic"]}.get(row["kind"], [row["kind"]])
-        contents = [c for c in find_contents(says(row)) if c[0] in kinds]
-        # A chain of two rules is about its three groups, not about each rule.
-        held.add(max(contents, key=len))
-    return held
-
-
-def test_held_out_problems_appear_nowhere_else(corpora):
-    held = held_contents(corpora)
-    counts = Counter(kind for kind, *_ in held)
-    assert min(counts.values()) >= 15 and len(counts) == 6, counts
-    others = [stem for stem in TAUGHT if not stem.startswith("tasks")]
-    seen = Counter()
-    for stem in [*others, "pretrain_train", "pretrain_validation", "tasks_train"]:
-        for row in corpora[stem]:
-            contents = find_contents(says(row))
-            assert not contents & held, (contents & held, row)
-            seen.update(kind for kind, *_ in contents)
-    assert len(seen) == 6 and min(seen.values()) > 1000, seen
-
-
-def test_digits_of_held_out_sums_are_seen_in_training(corpora):
-    def digits(pair, place):
-        return tuple(sorted(n // place % 10 for n in pair))
-
-    trained = [c for row in corpora["pretrain_train"] for c in find_contents(row["text"])]
-    pairs = [c[1:] for c in trained if c[0] == "addition"]
-    ones, tens = ({digits(p, place) for p in pairs} for place in (1, 10))
-    for kind, *pair in held_contents(corpora):
-        if kind == "addition":
-            assert digits(pair, 1) in ones and digits(pair, 10) in tens, pair
-
-
-def solve(prompt, lang):
-    """The answer to a task, from its text alone."""
-    numbers = [int(n) for n in re.findall(r"\d+", prompt)]
-    yes_no = ("no", "yes") if lang == "en" else ("不是", "是")
-    if sign := re.search(r" ([+-]) ", prompt):
-        return str(sum(numbers) if sign[1] == "+" else numbers[0] - numbers[1])
-    if re.search("[Ss]ort|order|从.到.", prompt):
-        ordered = sorted(numbers, reverse=bool(re.search("to small|到小", prompt)))
-        return ", ".join(map(str, ordered))
-    if numbers and re.search("larger|更大|smaller|更小", prompt):
-        return str((max if re.search("larger|更大", prompt) else min)(numbers))
-    if numbers:
-        return yes_no[(numbers[0] % 2 == 0) == bool(re.search("even|偶", prompt))]
-    if re.search("All|No |所有|没有", prompt):
-        links = [[w for w in m if w] for m in re.findall(RULE, prompt)]
-        assert all(a[1] == b[0] for a, b in zip(links, links[1:], strict=False))
-        assert prompt.count(links[0][0]) == 2 and prompt.count(links[-1][1]) == 2, prompt
-        return yes_no[not re.search("No |没有", prompt)]
-    words = re.findall("|".join(rf"\b{w}\b" if w.isascii() else w for w in WORDS), prompt)
-    if re.search("twice|two times|两遍", prompt):
-        return f"{words[0]}, {words[0]}"
-    if re.search("three times|三遍", prompt):
-        return "-".join(words * 3)
-    return f"{words[0]} ({words[1]})" if len(words) == 2 else f"{words[0]}, {words[2]}"
-
-
-def test_answers_of_the_tasks_are_right(corpora):
-    verifiers = {"addition": "number", "comparison": "number", "parity_or_logic": "yes_no"}
-    verifiers |= {"sorting": "sequence", "format": "exact"}
-    for rows in (corpora[f"tasks_{split}"] for split in SPLITS):
-        for row in rows:
-            assert row["answer"] == solve(questions(row)[0], row["lang"]), row
-            assert row["verifier"] == verifiers[row["kind"]]
-        assert len(set(Counter((r["kind"], r["lang"]) for r in rows).values())) == 1
-        levels = Counter(row["level"] for row in rows)
-        assert levels[1] == levels[2] and levels[3] <= 0.2 * len(rows)
-
-
 def test_letters(corpora):
     for stem in (f"classification_{split}" for split in SPLITS):
         labels = Counter(row["label"] for row in corpora[stem])
@@ -405,10 +249,10 @@ def test_letters(corpora):
         assert 0.35 < chinese / len(corpora[stem]) < 0.65
 
 
-def test_data_card_agrees_and_no_control_tokens(folder, corpora):
+def test_data_card_agrees_and_no_control_tokens(corpora_dir, corpora):
     card = (DATA / "README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `([a-z_]+\.(?:jsonl|csv))` \| ([\d,]+ \| [\d,]+) \|", card, re.M))
-    for path in folder.iterdir():
+    for path in corpora_dir.iterdir():
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"<\||\|>|\{s\}|\{v\}", text), path.name
         rows, size = (int(n.replace(",", "")) for n in table[path.name].split(" | "))
