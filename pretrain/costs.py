@@ -39,7 +39,8 @@ GPU_PEAKS = {
     "MI300X": 1307e12,
 }
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied to measure a peak
-PRODUCTS = 20
+FEWEST_PRODUCTS = 5
+MEASURED_S = 0.3  # shorter, and another program can have the cores all the while
 SETTINGS = ("ddp", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 
 
@@ -235,8 +236,9 @@ def measure_peak(device: torch.device, dtype: torch.dtype, clock=time.perf_count
     side = SIDE.get(device.type, 2048)
     left = torch.ones(side, side, dtype=dtype, device=device)
     right = left.clone()
-    durations = []
-    for _ in range(PRODUCTS):
+    durations: list[float] = []
+    begun_at = clock()
+    while len(durations) < FEWEST_PRODUCTS or clock() - begun_at < MEASURED_S:
         started_at = clock()
         left @ right
         if device.type != "cpu":
