@@ -4,6 +4,7 @@ Configs say what is trained and never name a dtype or a device: that is decided 
 capability, and can still be overridden by a flag.
 """
 
+import atexit
 import ctypes
 import logging
 import os
@@ -11,8 +12,10 @@ import sys
 import warnings
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+import stages
 from pretrain.attention import BLOCKWISE
 
 
@@ -56,23 +59,36 @@ def measure_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def set_up_process() -> None:
-    """What every stage does first: quiet logs, and memory that stays with the process."""
+def set_up_process(training_args: TrainingArguments | None = None) -> None:
+    """What every stage does first: quiet logs, kept memory; where it trains, processes that meet.
+
+    Raises:
+        ValueError: the launcher started another number of processes than the trainer sees.
+    """
     quiet_logs()
     keep_freed_memory()
-    join_deepspeed()
+    if training_args is not None:
+        stages.check_world_size(training_args.world_size)  # asking makes the processes meet
+        join_deepspeed(training_args)
+        atexit.register(leave_processes)
 
 
-def join_deepspeed() -> None:
+def join_deepspeed(training_args: TrainingArguments) -> None:
     """Tell DeepSpeed of the processes that torch knows: on CPUs accelerate does not.
 
     Without it ZeRO-3 believes to be alone while a model is made, and refuses the batch size.
     """
     wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if wanted and torch.distributed.is_initialized():
+    if (wanted or training_args.deepspeed) and torch.distributed.is_initialized():
         import deepspeed
 
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def leave_processes() -> None:
+    """End the communication in order: its threads could otherwise abort a process that has done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def keep_freed_memory() -> None:

@@ -112,8 +112,7 @@ class PretrainTrainer(Trainer):
 
 def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     """Load blocks and model, train or resume, save, evaluate, record; or only plan."""
-    set_up_process()
-    stages.check_world_size(training_args.world_size)
+    set_up_process(training_args)
     if args.dry_run:
         print(format_plan(plan_run(args, training_args)))
         return

@@ -41,8 +41,7 @@ class DPOArguments:
 
 def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
-    set_up_process()
-    stages.check_world_size(training_args.world_size)
+    set_up_process(training_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     inputs = [base]
     if args.reward_model:

@@ -49,8 +49,7 @@ class GRPOArguments:
 
 def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
     """Load tasks and models, train or resume, merge and save, evaluate, record."""
-    set_up_process()
-    stages.check_world_size(training_args.world_size)
+    set_up_process(training_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     judges = [name for name in args.reward_funcs if name not in REWARD_FUNCTIONS]
     judges += [args.reward_model] if args.reward_model else []

@@ -38,8 +38,7 @@ class PPOArguments:
 
 def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     """Load prompts and models, train or resume, merge and save, evaluate, record."""
-    set_up_process()
-    stages.check_world_size(training_args.world_size)
+    set_up_process(training_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     reward_model = stages.require_input(args.reward_model, "config.json", "tokenizer.json")
     stages.require_same_tokenizer(base, reward_model)

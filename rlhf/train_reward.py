@@ -45,8 +45,7 @@ class RewardArguments:
 
 def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, save, evaluate, record."""
-    set_up_process()
-    stages.check_world_size(training_args.world_size)
+    set_up_process(training_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     run = stages.start_run(
         "reward",

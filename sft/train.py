@@ -51,8 +51,7 @@ class SFTArguments:
 
 def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
-    set_up_process()
-    stages.check_world_size(training_args.world_size)
+    set_up_process(training_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     files = args.data_files + args.validation_files
     run = stages.start_run(
