@@ -136,7 +136,8 @@ def train(size: str, variant: str, count: int) -> tuple[list[float], int, object
 
     set_seed(0)
     batch_size = SIZES[size]["batch_size"]
-    config = GPT2Config(**SIZES[size]["config"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    sizes = SIZES[size]["config"] | {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     context, vocabulary = config.n_positions, config.vocab_size
     blocks = torch.randint(1, vocabulary, (count * batch_size, context)).unbind()
     ends = []
