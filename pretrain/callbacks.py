@@ -223,7 +223,9 @@ class LogFile(TrainerCallback):
         lines = text.split("\n")[:-1] if state.global_step else []
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside = self.path.with_name(f"{self.path.name}.partial")  # a kill loses nothing
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside.replace(self.path)
 
     def append(self, line: dict) -> None:
         """Write one line."""
