@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -34,6 +33,7 @@ from provenance import (
     goes_on,
     hash_outputs,
     installed_versions,
+    measure_peak_memory,
     method_words,
     non_defaults,
     split_word,
@@ -226,8 +226,7 @@ class Run:
         self.record |= extra
         seconds = time.time() - self.record["started_at"] + self.record.get("earlier_s", 0)
         self.record["wall_time_s"] = round(seconds, 1)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.record["peak_memory_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)
+        self.record["peak_memory_bytes"] = measure_peak_memory()
         self.record["outputs"] = hash_outputs(self.directory)
         self.record["finished"] = True
         write_json(self.directory / "run.json", self.record)

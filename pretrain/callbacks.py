@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from pretrain.costs import peak_flops
 from pretrain.curves import CurvesFile
+from provenance import measure_peak_memory
 
 UNKNOWN_STEPS = 10**9  # stands for the number of steps until `pretrain.budget` has fixed it
 SHOWN = {  # key in the logs -> how it is shown
@@ -325,8 +325,7 @@ class Memory(TrainerCallback):
         """Bytes, since the process began."""
         if logs is None or "loss" not in logs:
             return
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        logs["peak_memory_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)
+        logs["peak_memory_bytes"] = measure_peak_memory()
         if args.device.type == "cuda":
             logs["gpu_peak_memory_bytes"] = torch.cuda.max_memory_allocated(args.device)
 

@@ -98,12 +98,11 @@ def measure(size: str, variant: str) -> dict:
         FLOPs a second (PaLM, appendix B); share: of the bf16 peak; memory_gb: highest resident
         memory of the process; start_s: from its start to the end of the first step.
     """
-    import resource
-
     import torch
 
     from pretrain.costs import flops_per_token, measure_peak
     from pretrain.hardware import set_up_process
+    from provenance import measure_peak_memory
 
     if variant.startswith("ours"):
         set_up_process()
@@ -113,7 +112,7 @@ def measure(size: str, variant: str) -> dict:
     steps = SIZES[size]["steps"]
     count = steps["skipped"] + steps["timed"]
     ends, tokens, config = train(size, variant, count)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    memory = measure_peak_memory() / 1e9
     peaks.append(measure_peak(cpu, torch.bfloat16))
     gaps = [end - begin for begin, end in zip(ends, ends[1:], strict=False)]
     tokens_per_second = tokens / statistics.median(gaps[steps["skipped"] - 1 :])

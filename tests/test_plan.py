@@ -120,17 +120,11 @@ RUNS = {  # what dominates: the states, the layers' activations, the loss and th
 }
 
 
-# Linux hands a parent's highest memory on in ru_maxrss: that of this test run, not of the child.
-PEAK = "int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-if not sys.platform.startswith("linux"):
-    PEAK = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
-
-
 @pytest.fixture(scope="module")
 def baseline():
     """Bytes of a process that has imported what pretraining imports and has trained nothing."""
     code = (
-        "import resource, stages, pretrain.train as train;"
+        "import stages, pretrain.train as train;"
         "from pretrain.hardware import set_up_process, training_defaults; set_up_process();"
         "classes = [train.PretrainArguments, train.TrainingArguments];"
         "args, training_args = stages.parse_args(classes, [], training_defaults());"
@@ -138,10 +132,9 @@ def baseline():
         "trainer = train.PretrainTrainer(layer, training_args, optimizer_name='adamw',"
         "loss_guard=train.LossGuard('', []));"
         "layer(torch.ones(8, 64)).sum().backward();"
-        f"print({PEAK})"
+        "import provenance; print(provenance.measure_peak_memory())"
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(run("-c", code).splitlines()[-1]) * unit
+    return int(run("-c", code).splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", RUNS)
