@@ -128,12 +128,12 @@ def fact_exchanges(world: World, rng: random.Random) -> list[Exchange]:
 
 
 def task_exchanges(rng: random.Random, count: int) -> list[Exchange]:
-    """`count` distinct problems of levels 1 and 2, training split, all kinds and languages."""
+    """`count` distinct problems of level 1, training split, all kinds and languages."""
     exchanges, seen = [], set()
     while len(exchanges) < count:
         kind = tasks.KINDS[len(exchanges) % 5]
         lang = LANGUAGES[len(exchanges) // 5 % 2]
-        problem = tasks.draw_from_split(kind, rng.choice([1, 2]), "train", rng)
+        problem = tasks.draw_from_split(kind, 1, "train", rng)
         shown = tasks.render(problem, lang)
         phrasing = rng.randrange(len(shown.asked))
         user = shown.asked[phrasing]

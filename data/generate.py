@@ -23,9 +23,9 @@ PRETRAIN_BYTES = 8_000_000
 VALIDATION_BYTES = 150_000
 SPLITS = ("train", "validation", "test")
 TASKS_PER_LEVEL = {
-    "train": {1: 103, 2: 103, 3: 39},
-    "validation": {1: 9, 2: 9, 3: 3},
-    "test": {1: 18, 2: 18, 3: 6},
+    "train": {1: 82, 2: 82, 3: 82},
+    "validation": {1: 7, 2: 7, 3: 7},
+    "test": {1: 14, 2: 14, 3: 14},
 }
 PREFERENCES = {"train": 1400, "validation": 96, "test": 236}
 LETTERS = {"train": 600, "validation": 100, "test": 150}

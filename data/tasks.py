@@ -1,8 +1,8 @@
 """Small problems whose answers a program can check: sums, comparison, logic, sorting, format.
 
 A problem belongs to the train, validation or test split by a hash of its content (the unordered
-pair, the multiset, the number, the words), so a held-out pair is held out in both languages, in
-every phrasing, and in prose.
+pair, the multiset, the number, the words, the word and how often it is written), so a held-out pair
+is held out in both languages, in every phrasing, and in prose.
 """
 
 import hashlib
@@ -44,7 +44,8 @@ def assign_split(key: str) -> str:
 def split_problem(problem: Problem) -> str:
     """The split of a problem; a chain of rules trains only if each of its pairs does."""
     if problem.form != "syllogism":
-        topic = "parity" if problem.form in ("even", "odd") else problem.kind
+        topics = dict.fromkeys(("even", "odd"), "parity") | {f: f for f in ("twice", "thrice")}
+        topic = topics.get(problem.form, problem.kind)
         return assign_split(f"{topic} {sorted(problem.parts)}")
     groups = sorted(problem.parts[2:])
     split = assign_split(f"logic {groups}")
