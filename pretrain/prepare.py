@@ -1,4 +1,4 @@
-"""Tokenize text and pack it into blocks of equal length.
+"""Clean and tokenize text, and pack it into blocks of equal length.
 
 Reads   text files or Hub data sets (`data_files`), whole or as a mixture; the tokenizer
 Writes  train-*.parquet, validation-*.parquet (column `input_ids`), meta.json, the tokenizer
@@ -6,33 +6,39 @@ Writes  train-*.parquet, validation-*.parquet (column `input_ids`), meta.json, t
     python -m pretrain.prepare --config configs/tiny/prepare.yaml
     python -m pretrain.prepare --data_files prose.txt@0.8 code.jsonl@0.2 --max_tokens 1_000_000 \
         --tokenizer output/tiny/tokenizer --output_dir output/my/prepare
+
+Killed, it goes on where it was: what is tokenized stays in `parts/` until all of it is packed.
 """
 
-import random
+import dataclasses
+import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 import stages
-from pretrain.hardware import set_up_process
-from tokenizer.corpus import read_documents, split_documents
-from tokenizer.mixture import check_budget, interleave, open_sources, parse_shares, take
+from pretrain.cleaning import CleaningArguments, check_cleaning, hash_evaluation
+from pretrain.encoding import Encoder, Encoding, encode
+from pretrain.packing import Shards
+from pretrain.parts import Document, Seen, Source
+from tokenizer.corpus import BadRows, Documents, find_cut, is_hub_name, list_files, read_documents
+from tokenizer.mixture import check_budget, interleave, parse_shares, take
 
-TOKENS_PER_SHARD = 1 << 24  # 64 MB in memory, about half of it on disk
-DOCUMENTS_PER_BATCH = 1_000
-CHARACTERS_PER_BATCH = 1 << 22  # a thousand books would not fit into memory
+SPLITS = ("train", "validation")
+HELD_OUT = "validation_files"  # their name among the sources
+CHARACTERS_PER_PART = 1 << 24  # shuffled, and lost by a kill, together: seconds of two cores' work
+FEWEST_CHARACTERS = 1 << 16  # in a part of a mixture with a small budget
 
 
 @dataclass
-class PrepareArguments:
-    """What is packed, by which tokenizer, how long a block is."""
+class PrepareArguments(CleaningArguments):
+    """What is packed, by which tokenizer, how long a block is; and what is left out."""
 
     data_files: list[str] = field(
         default_factory=list, metadata={"help": "training text; name@share, ... for a mixture"}
@@ -40,6 +46,12 @@ class PrepareArguments:
     validation_files: list[str] = field(default_factory=list, metadata={"help": "held-out text"})
     validation_share: float = field(
         default=0.1, metadata={"help": "held out of data_files where there are no validation_files"}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "of text that is not UTF-8: its name, or auto"}
+    )
+    on_bad_row: str = field(
+        default="raise", metadata={"help": "raise, or skip: count rows that cannot be read"}
     )
     max_tokens: int | None = field(
         default=None, metadata={"help": "training tokens taken from a mixture; None reads all"}
@@ -50,148 +62,252 @@ class PrepareArguments:
     seed: int = field(default=42, metadata={"help": "order of the documents"})
 
 
-class Document(NamedTuple):
-    """One tokenized document: where it is from, its UTF-8 bytes, and its ids."""
-
-    source: str
-    size: int
-    ids: list[int]
-
-
 def main(args: PrepareArguments) -> None:
-    """Read, split, shuffle, tokenize, pack, record."""
-    set_up_process()
-    from transformers import AutoTokenizer
+    """Read, clean, tokenize, mix, pack, record."""
+    from transformers import AutoTokenizer  # here: the processes that encode do not need it
 
-    check_budget(args.data_files, args.max_tokens, "max_tokens")
+    check_arguments(args)
     stages.require_input(args.tokenizer, "tokenizer.json")
-    data_files = [*parse_shares(args.data_files), *args.validation_files]
+    data_files = [*parse_shares(args.data_files), *args.validation_files, *args.evaluation_files]
     run = stages.start_run("prepare", args.output_dir, [args], [args.tokenizer], data_files)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if run.scratch is not None:
+        run.end_dry_run(entries=len(tokenizer), first_documents=encode_firsts(args, tokenizer))
     tokenizer.save_pretrained(args.output_dir)
-    meta = {"block_size": args.block_size, "tokenizer": stages.hash_outputs(args.tokenizer)}
-    read = read_all if args.max_tokens is None else read_mixture
-    for split, documents in read(args, tokenizer).items():
-        meta[split] = write_split(split, documents, args)
+    identity = identify(args, run.record["fingerprint"]["data"])
+    parts = open_parts(Path(args.output_dir), identity)
+    encoding, meta = describe_encoding(args, tokenizer, parts)
+    with Encoder() as encoder:
+        sources = open_sources(args, encoder, encoding, parts)
+        counts = write_blocks(choose_documents(args, sources), args)
+    meta |= {"block_size": args.block_size, **identity, **counts}
     if args.max_tokens is not None:
         meta["shares"] = parse_shares(args.data_files)
+    meta |= summarize(args, sources)
     stages.write_json(Path(args.output_dir) / "meta.json", meta)
-    counts = {
-        f"{split}_{name}": {"value": meta[split][name], "unit": name}
-        for split in ("train", "validation")
-        for name in ("documents", "tokens", "blocks", "dropped_tokens")
-    }
-    run.finish(counts)
+    shutil.rmtree(parts)
+    run.finish(
+        {
+            f"{split}_{name}": {"value": meta[split][name], "unit": name}
+            for split in SPLITS
+            for name in ("documents", "tokens", "blocks", "dropped_tokens")
+        }
+    )
 
 
-def read_all(args: PrepareArguments, tokenizer) -> dict[str, Iterator[Document]]:
-    """Every document of the files, split and shuffled in memory."""
-    if args.validation_files:
-        train, validation = map(list, map(read_documents, (args.data_files, args.validation_files)))
-    else:
-        documents = read_documents(args.data_files)
-        train, validation = split_documents(documents, args.validation_share, args.seed)
-    random.Random(args.seed).shuffle(train)
+def check_arguments(args: PrepareArguments) -> None:
+    """Raise ValueError where arguments contradict each other or say nothing."""
+    check_budget(args.data_files, args.max_tokens, "max_tokens")
+    check_cleaning(args)
+    BadRows(args.on_bad_row)
+    if not args.validation_files and not 0 < args.validation_share < 1:
+        raise ValueError(f"validation_share={args.validation_share} must lie between 0 and 1")
+
+
+def identify(args: PrepareArguments, data: dict[str, str | None]) -> dict[str, Any]:
+    """What decides the result: hashes of the tokenizer and the sources, settings, versions.
+
+    Of a Hub data set it is the commit that the Hub names, None where it cannot be asked.
+    """
+    settings = dataclasses.asdict(args)
+    del settings["output_dir"]
+    installed = stages.installed_versions()
     return {
-        "train": tokenize(train, tokenizer),
-        "validation": tokenize(validation, tokenizer),
+        "tokenizer": stages.hash_outputs(args.tokenizer),
+        "sources": {n: find_commit(n) if is_hub_name(n) else value for n, value in data.items()},
+        "settings": settings,
+        "versions": {name: installed[name] for name in ("tokenizers", "datasets")},
     }
 
 
-def read_mixture(args: PrepareArguments, tokenizer) -> dict[str, Iterator[Document]]:
-    """`max_tokens` of training text from streamed sources, each in its share of the tokens.
+def find_commit(name: str) -> str | None:
+    """The commit of a data set on the Hub, None where it cannot be asked."""
+    from huggingface_hub import HfApi
 
-    Without validation_files the mixture's beginning is held out: `validation_share` of the budget,
+    try:
+        return HfApi().dataset_info(name.split(":")[0], timeout=10).sha
+    except Exception:  # offline, or a mirror that only has files; loading it will say more
+        return None
+
+
+def open_parts(directory: Path, identity: dict[str, Any]) -> Path:
+    """The folder of the tokenized parts; what other text or settings left there is removed."""
+    parts = directory / "parts"
+    if stages.read_json(parts / "identity.json") == json.loads(json.dumps(identity)):
+        done = len(list(parts.glob("*/*.npz")))
+        print(f"prepare: an interrupted run goes on; {done} parts are tokenized")
+        return parts
+    shutil.rmtree(parts, ignore_errors=True)
+    written = [path for split in SPLITS for path in directory.glob(f"{split}-*.parquet")]
+    for path in [directory / "meta.json", directory / "bad_rows.txt", *written]:
+        path.unlink(missing_ok=True)
+    parts.mkdir(parents=True)
+    stages.write_json(parts / "identity.json", identity)
+    return parts
+
+
+def encode_firsts(args: PrepareArguments, tokenizer: Any) -> str:
+    """The lengths of the first document of each source, read and encoded as all would be."""
+    names = [*parse_shares(args.data_files), *args.validation_files]
+    firsts = [next(read_documents(name, encoding=args.encoding)) for name in names]
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoded = encode(firsts, Encoding(f"{args.tokenizer}/tokenizer.json", *ends))
+    return f"{encoded.lengths.tolist()} tokens"
+
+
+def describe_encoding(
+    args: PrepareArguments, tokenizer: Any, parts: Path
+) -> tuple[Encoding, dict[str, Any]]:
+    """What each process has to know to clean and encode, and what meta.json says of it."""
+    cleaning = {f.name: getattr(args, f.name) for f in dataclasses.fields(CleaningArguments)}
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    encoding = Encoding(f"{args.tokenizer}/tokenizer.json", *ends, json.dumps(cleaning))
+    if not args.evaluation_files:
+        return encoding, {}
+    overlap, counts = hash_evaluation(args.evaluation_files)
+    np.save(parts / "overlap.npy", overlap)
+    return encoding._replace(overlap_file=f"{parts}/overlap.npy"), {"evaluation_files": counts}
+
+
+def open_sources(
+    args: PrepareArguments, encoder: Encoder, encoding: Encoding, parts: Path
+) -> dict[str, Source]:
+    """The sources of a mixture by name, or all files as one, ""; beside it `HELD_OUT`.
+
+    Raises FileNotFoundError and ValueError as `read_documents`.
+    """
+    seen = Seen(removes_exact=args.exact_duplicates == "remove")
+
+    def open_source(name, files, split, size=CHARACTERS_PER_PART, seed=args.seed):
+        def read(start: int) -> Documents:
+            bad_rows = BadRows(args.on_bad_row)
+            return read_documents(files, encoding=args.encoding, bad_rows=bad_rows, start=start)
+
+        how, own = encoding, seen
+        if name == HELD_OUT:  # stays as it is
+            how, own = Encoding(*encoding[:3]), Seen(removes_exact=False)
+        folder = parts / f"{len(sources):03d}"
+        sources[name] = Source(name, folder, read, split, encoder, how, own, size, seed)
+
+    def whole(text: str) -> list[tuple[bool, str]]:
+        return [(False, text)]
+
+    sources: dict[str, Source] = {}
+    if args.validation_files:
+        open_source(HELD_OUT, args.validation_files, lambda text: [(True, text)], seed=None)
+    if args.max_tokens is None:
+        split = whole if args.validation_files else make_split(args)
+        open_source("", args.data_files, split)
+        return sources
+    for name, share in parse_shares(args.data_files).items():
+        # A token has about four characters: some parts of each source, so that little is lost.
+        size = min(CHARACTERS_PER_PART, max(FEWEST_CHARACTERS, int(share * args.max_tokens)))
+        open_source(name, name, whole, size)
+    return sources
+
+
+def make_split(args: PrepareArguments):
+    """How a document is cut into training and held-out text; see `corpus.split_documents`."""
+    share = args.validation_share
+    characters = estimate_characters(args.data_files)
+
+    def split(text: str) -> list[tuple[bool, str]]:
+        cut = find_cut(text, share, characters, args.seed)
+        pieces = [(False, text[:cut]), (True, text[cut:])]
+        return [(held_out, piece) for held_out, piece in pieces if piece.strip()]
+
+    return split
+
+
+def estimate_characters(data_files: list[str]) -> float:
+    """The characters of all files, roughly: their bytes on disk, three times where compressed."""
+    if any(map(is_hub_name, data_files)):
+        return float("inf")
+    compressed, size = (".gz", ".zst", ".parquet"), 0
+    for path in list_files(data_files):
+        for file in path.rglob("*") if path.is_dir() else (path,):
+            size += file.stat().st_size * (3 if file.suffix.lower() in compressed else 1)
+    return size
+
+
+def choose_documents(args: PrepareArguments, sources: dict[str, Source]) -> Iterator[Document]:
+    """All documents, or `max_tokens` of a mixture in its shares; held-out ones first.
+
+    Without validation_files a mixture's beginning is held out: `validation_share` of the budget,
     beside it, in the same shares.
     """
-    shares = parse_shares(args.data_files)
-    streams = {
-        name: tokenize(documents, tokenizer, name)
-        for name, documents in open_sources(shares, args.seed).items()
-    }
-    mixed = interleave(streams, shares, _count)
-    if args.validation_files:
-        held_out = tokenize(read_documents(args.validation_files), tokenizer)
-    else:
-        held_out = take(mixed, args.validation_share * args.max_tokens, _count)
+    streams = {name: iter(source) for name, source in sources.items()}
+    held_out = streams.pop(HELD_OUT, None)
+    if args.max_tokens is None:
+        return chain(held_out or (), streams[""])
+    mixed = interleave(streams, parse_shares(args.data_files), _count)
+    if held_out is None:
+        taken = take(mixed, args.validation_share * args.max_tokens, _count)
+        held_out = (document._replace(held_out=True) for document in taken)
     # In this order: a mixture is read once, from its beginning.
-    return {"validation": held_out, "train": take(mixed, args.max_tokens, _count)}
+    return chain(held_out, take(mixed, args.max_tokens, _count))
 
 
 def _count(document: Document) -> int:
     return len(document.ids)
 
 
-def write_split(split: str, documents: Iterable[Document], args: PrepareArguments) -> dict:
-    """Pack one split into parquet shards.
+def write_blocks(documents: Iterable[Document], args: PrepareArguments) -> dict[str, dict]:
+    """Pack the documents into the parquet shards of their splits.
 
     Returns:
-        Counts: documents, bytes (UTF-8), tokens, blocks, dropped_tokens (the last block's rest);
-        of a mixture also documents, bytes and tokens by source.
+        For each split the counts: documents, bytes (UTF-8), tokens, blocks, dropped_tokens (the
+        last block's rest); of a mixture also documents, bytes and tokens by source.
     """
-    counts = {"documents": 0, "bytes": 0, "tokens": 0, "blocks": 0}
-    shown = tqdm(documents, desc=f"prepare {split}", unit=" documents", disable=None)
-    blocks = pack(count(shown, counts), args.block_size)
-    blocks = (np.asarray(block, dtype=np.int32) for block in blocks)
-    size = max(1, TOKENS_PER_SHARD // args.block_size)
-    for shard, rows in enumerate(iter(lambda: list(islice(blocks, size)), [])):
-        table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
-        path = Path(args.output_dir) / f"{split}-{shard:05d}.parquet"
-        pq.write_table(table, path.with_suffix(".partial"), compression="zstd")
-        path.with_suffix(".partial").replace(path)
-        counts["blocks"] += len(rows)
-    counts["dropped_tokens"] = counts["tokens"] - counts["blocks"] * args.block_size
-    if not counts["blocks"]:
-        raise ValueError(
-            f"the {split} text has {counts['tokens']} tokens, less than one block of "
-            f"{args.block_size}: give more text or a smaller --block_size"
-        )
+    counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+    shards = {split: Shards(Path(args.output_dir), split, args.block_size) for split in SPLITS}
+    for document in tqdm(documents, desc="prepare", unit=" documents", disable=None):
+        split = SPLITS[document.held_out]
+        shards[split].add(document.ids)
+        totals = [counts[split]]
+        if args.max_tokens is not None and document.source != HELD_OUT:
+            by_source = counts[split].setdefault("sources", {})
+            empty = {"documents": 0, "bytes": 0, "tokens": 0}
+            totals.append(by_source.setdefault(document.source, empty))
+        for total in totals:
+            total["documents"] += 1
+            total["bytes"] += document.size
+            total["tokens"] += len(document.ids)
+    for split, written in shards.items():
+        written.close()
+        counts[split] |= {"blocks": written.blocks, "dropped_tokens": written.dropped_tokens}
+        if not written.blocks:
+            raise ValueError(
+                f"the {split} text has {counts[split]['tokens']} tokens, less than one block of "
+                f"{args.block_size}: give more text or a smaller --block_size"
+            )
     return counts
 
 
-def tokenize(documents: Iterable[str], tokenizer, source: str = "") -> Iterator[Document]:
-    """Each document as token ids between <bos> and <eos>."""
-    for batch in _batches(documents):
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for text, ids in zip(batch, encoded, strict=True):
-            ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-            yield Document(source, len(text.encode()), ids)
+def summarize(args: PrepareArguments, sources: dict[str, Source]) -> dict[str, Any]:
+    """What was left out, by source, for meta.json; also printed, and bad rows written to a file.
 
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == DOCUMENTS_PER_BATCH or size > CHARACTERS_PER_BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def count(documents: Iterable[Document], counts: dict) -> Iterator[list[int]]:
-    """Pass the ids on, and add up what passes; what has a source also under "sources"."""
-    for source, size, ids in documents:
-        totals = [counts]
-        if source:
-            empty = {"documents": 0, "bytes": 0, "tokens": 0}
-            totals.append(counts.setdefault("sources", {}).setdefault(source, empty))
-        for total in totals:
-            total["documents"] += 1
-            total["bytes"] += size
-            total["tokens"] += len(ids)
-        yield ids
-
-
-def pack(documents: Iterable[list[int]], block_size: int) -> Iterator[list[int]]:
-    """Concatenate documents and cut into blocks; a document may go on in the next block."""
-    buffer: list[int] = []
-    for ids in documents:
-        buffer.extend(ids)
-        whole = len(buffer) // block_size * block_size
-        yield from (buffer[start : start + block_size] for start in range(0, whole, block_size))
-        del buffer[:whole]
+    A mixture counts what was read, of which a little more is cleaned than its budget takes.
+    """
+    summary, bad_rows = {"cleaning": {}}, BadRows("skip")
+    for name, source in sources.items():
+        report = dataclasses.asdict(source.report)
+        bad_rows.messages += report.pop("bad_rows")
+        summary["cleaning"][name or "all"] = report
+        for step, counts in report["removed"].items():
+            example = json.dumps(counts["examples"][0], ensure_ascii=False)
+            print(
+                f"prepare: {name or 'all'}: {step}: {counts['documents']:,} of {report['read']:,} "
+                f"documents removed, such as {example}"
+            )
+        if report["empty"]:
+            print(f"prepare: {name or 'all'}: {report['empty']:,} rows without text left out")
+    if bad_rows.messages:
+        path = Path(args.output_dir) / "bad_rows.txt"
+        bad_rows.write(path)
+        summary["bad_rows"] = {"rows": len(bad_rows.messages), "first": bad_rows.messages[:10]}
+        print(f"prepare: {bad_rows}\n  all of them: {path}")
+    return summary
 
 
 if __name__ == "__main__":

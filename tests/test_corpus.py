@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenizer import corpus
+from tokenizer import formats
 from tokenizer.corpus import list_files, read_documents, read_rows, split_documents
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -86,14 +86,16 @@ def test_csv_cell_beyond_the_limit_of_the_library(write):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", "", r"x.txt: the file is empty"),
-        ("x.json", "[]", r"x.json: the file is empty"),
-        ("x.jsonl", "\n", r"x.jsonl: the file is empty"),
+        ("x.txt", "", r"x.txt: it is empty"),
+        ("x.json", "[]", r"x.json: it is empty"),
+        ("x.jsonl", "\n", r"x.jsonl: it is empty"),
         ("x.doc", "a", r"x.doc: unknown ending '.doc'.*\.jsonl.*\.gz"),
-        ("x", "a", r"x: unknown ending ''.*Rename"),
-        ("x.txt", b"a\nb\xe9c\n", r"x.txt:2: not UTF-8 \(byte 0xe9\).*iconv.*WINDOWS-1252"),
+        ("x", "a", r"x: unknown ending ''.*Rename.*looks like \.txt"),
+        ("x", "ham\ta\n", r"x: unknown ending ''.*looks like \.tsv"),
+        ("x.dat", '{"a": 1}\n', r"x.dat: unknown ending '.dat'.*looks like \.jsonl"),
+        ("x.txt", b"a\nb\xe9c\n", r"x.txt:2: not UTF-8 \(byte 0xe9\).*cp1252.*iconv"),
         ("x.csv", b"text\n\xa3\n", r"x.csv:2: not UTF-8.*iconv"),
-        ("x.txt", "a".encode("utf-16"), r"x.txt:1: not UTF-8.*UTF-16"),
+        ("x.txt", "a".encode("utf-16"), r"x.txt:1: not UTF-8.*encoding utf-16"),
         ("x.jsonl", '{"a": 1}\n{"a": oops}\n', r"x.jsonl:2: malformed JSON at column 7.*oops"),
         ("x.json", '[{"a": 1},\n\n{"a" 2}]', r"x.json:3: malformed JSON at column 6.*a\" 2"),
         ("x.json", '[{"a":\n1\n"b"}]', r"x.json:3: malformed JSON at column 1.*delimiter"),
@@ -103,8 +105,8 @@ def test_csv_cell_beyond_the_limit_of_the_library(write):
         ("x.jsonl", '{"a": "\\ud83d"}', r"x.jsonl:1: half of a surrogate pair"),
         ("x.csv", "a,b\n1,2\n1,2,3\n", r"x.csv:3: 3 cells .*2 columns"),
         ("x.csv", "a,b\n1\n", r"x.csv:2: 1 cells .*2 columns"),
-        ("x.csv", "a,\n1,2\n", r"x.csv:2: .*Name each column"),
-        ("x.csv", "a,a\n1,2\n", r"x.csv:2: .*Name each column once"),
+        ("x.csv", "a,\n1,2\n", r"x.csv:2: .*Name each column, and once"),
+        ("x.csv", "a,a\n1,2\n", r"x.csv:2: .*Name each column, and once"),
         ("x.csv", 'a\n"b\n', r"x.csv:2: malformed row"),
     ],
 )
@@ -167,9 +169,11 @@ def test_hub_and_saved_data_sets(tmp_path, monkeypatch):
             return {"train": []} if path.endswith("both") else [{"text": "a"}]
 
     monkeypatch.setitem(sys.modules, "datasets", FakeDatasets)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     source, value = read_all("allenai/c4:en")[0]
     assert source == "c4:en:1"
-    assert "('allenai/c4', 'en'), {'split': 'train', 'streaming': True}" in value["text"]
+    assert "('allenai/c4', 'en'), {'split': 'train', 'streaming': False}" in value["text"]
+    assert "'streaming': True" in next(read_documents("allenai/c4:en"))
     assert "'split': 'test'" in read_all("allenai/c4:en:test")[0][1]["text"]
     with pytest.raises(FileNotFoundError, match=r"user/gone: .*network.*: no network"):
         read_all("user/gone")
@@ -208,7 +212,7 @@ def test_txt_documents(write, monkeypatch):
     assert list(read_documents(write("x.dev", "a\nb\n"))) == ["a", "b"]
     with pytest.raises(ValueError, match=r"txt_documents='word'.*paragraph"):
         read_documents(path, txt_documents="word")
-    monkeypatch.setattr(corpus, "LARGEST_DOCUMENT", 3)
+    monkeypatch.setattr(formats, "LARGEST_DOCUMENT", 3)
     assert list(read_documents(path)) == ["a\nb\n", "\n\nc\n"]
 
 
