@@ -6,8 +6,10 @@ Light imports only: `stages` imports this module.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -44,6 +46,23 @@ def hash_file(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def read_json(path: str | os.PathLike) -> dict | None:
+    """The object in a JSON file, None where there is no file."""
+    path = Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON beside the file and rename it into place: whole, or not at all."""
+    beside = Path(f"{path}.partial")
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # the name must not reach the disk before the bytes
+    beside.replace(path)
+
+
 def fingerprint(
     argv: Sequence[str],
     inputs: Iterable[str | os.PathLike],
@@ -57,17 +76,18 @@ def fingerprint(
         "arguments": words,
         "config_sha256": config,
         "inputs": {str(path): hash_outputs(path) for path in inputs},
-        "data": {str(path): _hash_data(Path(path)) for path in data_files},
+        "data": {str(path): hash_data(Path(path)) for path in data_files},
     }
 
 
-def _hash_data(path: Path) -> str | None:
+def hash_data(path: Path) -> str | None:
+    """sha256 of a file, or of a folder's files; None of a pattern or a name on the Hub."""
     if path.is_file():
         return hash_file(path)
-    if path.is_dir():
-        names = sorted(p for p in path.rglob("*") if p.is_file())
-        return hashlib.sha256("".join(map(hash_file, names)).encode()).hexdigest()
-    return None  # a pattern or a Hub name: its text is already among the arguments
+    # Of a Hub name nothing is here; its text is already among the arguments.
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    names = sorted(p for p in found if p.is_file())
+    return hashlib.sha256("".join(map(hash_file, names)).encode()).hexdigest() if names else None
 
 
 def method_words(argv: Sequence[str], anywhere: bool = False) -> list[str]:

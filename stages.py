@@ -1,4 +1,4 @@
-"""The contract between the stages: their order, their arguments, and what each leaves on disk.
+"""The contract between the stages: their order, and what each reads and leaves on disk.
 
 A stage reads directories that earlier stages wrote and writes one directory of its own:
 
@@ -7,25 +7,27 @@ A stage reads directories that earlier stages wrote and writes one directory of 
     metrics.jsonl                one line a logging step
     eval.json                    held-out numbers with units, sample counts and 95 % intervals
 
+    python -m stages lineage output/tiny/grpo     # the road that led to a model
+
 Light imports only: every stage imports this module first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import logging
 import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from commandline import is_dry_run
+from commandline import parse_args as parse_args
+from lineage import check_road, trace
 from provenance import (
     cpu_name,
     fingerprint,
@@ -36,7 +38,8 @@ from provenance import (
     measure_peak_memory,
     method_words,
     non_defaults,
-    split_word,
+    read_json,
+    write_json,
 )
 
 
@@ -57,71 +60,13 @@ STAGES: dict[str, Stage] = {
     "ppo": Stage("rlhf.train_ppo", trains=True),
     "grpo": Stage("rlhf.train_grpo", trains=True),
 }
+# Beside the road, by commands of their own: the pipeline leaves them out.
+BRANCHES = {"classifier": Stage("sft.train_classifier", True), "merge": Stage("sft.merge", False)}
 # Who says how many processes were started, in the order of their authority.
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 PROCESS_COUNTS += ("SLURM_STEP_NUM_TASKS",)  # of this srun, not of the whole job
 WHOLE = "complete.json"  # written last into a checkpoint; without it there is no checkpoint
 BESIDE = "saving.partial"  # where an output is written before it is moved into place
-
-
-def parse_args(
-    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, defaults: dict | None = None
-) -> tuple:
-    """Parse `--config FILE.yaml` and `--key value` overrides into the given dataclasses.
-
-    Args:
-        dataclass_types: dataclasses that own the known keys; no two may share a key.
-        argv: the words of the command line; None takes those of this process.
-        defaults: what depends on the machine; a YAML or a flag overrides it.
-
-    Raises:
-        FileNotFoundError: the YAML does not exist.
-        ValueError: a key or a flag that no dataclass has; the message names the nearest one.
-    """
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report each run otherwise
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of keys that TRL itself sets
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, aloud
-    from trl import TrlParser
-
-    words = sys.argv[1:] if argv is None else argv
-    argv = [part for word in words for part in split_word(word)]
-    parser = TrlParser(dataclass_types, allow_abbrev=False)
-    if defaults:
-        known = {action.dest for action in parser._actions}
-        parser.set_defaults_with_config(**{k: v for k, v in defaults.items() if k in known})
-    if "--config" in argv:
-        position = argv.index("--config") + 1
-        if position == len(argv):
-            raise ValueError("--config needs a file: --config configs/tiny/sft.yaml")
-        if not Path(argv[position]).is_file():
-            raise FileNotFoundError(
-                f"--config {argv[position]}: no such file. The recipes are in configs/: "
-                f"{', '.join(sorted(p.name for p in Path('configs').glob('*/')))}"
-            )
-    *parsed, from_file, from_flags = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    for where, words in (("the config file", from_file), ("the command line", from_flags)):
-        unknown = [word for word in words if word.startswith("--")] or words[:1]
-        if unknown:
-            raise ValueError(f"unknown key in {where}: {_suggest(unknown, parser)}")
-    if any(getattr(one, "trust_remote_code", False) for one in parsed):
-        raise ValueError("trust_remote_code is refused: models and data are loaded, never executed")
-    for one in parsed:  # a single file needs no brackets in YAML
-        for field in dataclasses.fields(one):
-            if "list[str]" in str(field.type) and isinstance(getattr(one, field.name), str):
-                setattr(one, field.name, [getattr(one, field.name)])
-    return tuple(parsed)
-
-
-def _suggest(unknown: list[str], parser: Any) -> str:
-    known = [action.dest for action in parser._actions]
-    parts = []
-    for word in unknown:
-        name = word.lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        parts.append(f"'{name}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
-    return ", ".join(parts)
 
 
 def require_input(directory: str | os.PathLike, *files: str) -> Path:
@@ -158,30 +103,36 @@ def require_input(directory: str | os.PathLike, *files: str) -> Path:
                 f"{directory / name} is not the file that the stage wrote (sha256 {str(now)[:12]}, "
                 f"run.json says {str(made)[:12]}). Restore it. {_command_for(directory)}"
             )
+    check_road(directory, record)
     return directory
 
 
 def _command_for(directory: Path) -> str:
-    if directory.name not in STAGES:
+    if directory.name not in STAGES | BRANCHES:
         return "Name a directory that holds a model, or a name on the Hub."
     recipe = directory.parent.name or "tiny"
     return (
-        f"Make it with: python -m {STAGES[directory.name].module} "
+        f"Make it with: python -m {(STAGES | BRANCHES)[directory.name].module} "
         f"--config configs/{recipe}/{directory.name}.yaml"
     )
 
 
 def require_same_tokenizer(*directories: str | os.PathLike) -> None:
-    """Raise a ValueError where the directories' tokenizer files differ from the first one's."""
+    """Raise a ValueError where tokenizer or template of a directory are not the first one's."""
     first, *others = [Path(directory) for directory in directories]
-    expected = hash_outputs(first).get("tokenizer.json")
-    for other in others:
-        found = hash_outputs(other).get("tokenizer.json")
-        if expected and found and expected != found:
-            raise ValueError(
-                f"the tokenizer of {other} (sha256 {found[:12]}) is not the one of {first} "
-                f"({expected[:12]}): their ids mean different text. {_command_for(other)}"
-            )
+    harm = {
+        "tokenizer.json": "their ids mean different text",
+        "chat_template.jinja": "they write a conversation differently",
+    }
+    for name, why in harm.items():
+        expected = hash_outputs(first).get(name)
+        for other in others:
+            found = hash_outputs(other).get(name)
+            if expected and found and expected != found:
+                raise ValueError(
+                    f"{other / name} (sha256 {found[:12]}) is not the one of {first} "
+                    f"({expected[:12]}): {why}. {_command_for(other)}"
+                )
 
 
 def check_world_size(world_size: int) -> None:
@@ -213,6 +164,22 @@ class Run:
     directory: Path
     record: dict[str, Any]
     checkpoint: str | None  # where to resume from; None starts at step 0
+    scratch: tempfile.TemporaryDirectory | None = None  # of a dry run: all that it writes
+
+    def end_dry_run(self, **facts: Any) -> None:
+        """End a dry run: print what was found out, remove what was written, and exit with 0.
+
+        What trains ends in `pretrain.dry_run`, right before its first optimizer step.
+        """
+        assert self.scratch is not None, "not a dry run"
+        if is_main_process():
+            fingerprint = self.record["fingerprint"]
+            reads = [*fingerprint["inputs"], *fingerprint["data"]]
+            facts = {"reads": ", ".join(reads) or "nothing"} | facts
+            print(f"\n{self.record['stage']}: dry run, nothing was written")
+            print("\n".join(f"  {name.replace('_', ' '):18} {facts[name]}" for name in facts))
+        self.scratch.cleanup()
+        sys.exit(0)
 
     def finish(self, evaluation: dict[str, dict] | None = None, **extra: Any) -> None:
         """Write eval.json and, last, run.json with `"finished": true` (main process only).
@@ -251,7 +218,7 @@ def start_run(
         FileNotFoundError: `--resume_from_checkpoint` names no whole checkpoint.
         ValueError: the interrupted run took another batch a step.
     """
-    directory = Path(output_dir)
+    directory, inputs = Path(output_dir), list(inputs)
     asked = next((a.resume_from_checkpoint for a in arguments if _trains(a)), None)
     if asked and not _is_in(asked, directory):
         inputs = [*inputs, asked]  # another run's: it decides the result
@@ -260,6 +227,7 @@ def start_run(
         "stage": stage,
         "command": _command_line(stage),
         "fingerprint": fingerprint(sys.argv[1:], inputs, data_files),
+        "lineage": trace(inputs),
         "arguments": {k: v for one in arguments for k, v in non_defaults(one).items()},
         "batch": next((_batch(one) for one in arguments if _trains(one)), None),
         "seed": next((one.seed for one in arguments if hasattr(one, "seed")), None),
@@ -268,6 +236,8 @@ def start_run(
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()},
         "started_at": time.time(),
     }
+    if is_dry_run():
+        return _rehearse(record, arguments)
     before = read_json(directory / "run.json") or {}
     checkpoint = _choose_checkpoint(directory, asked, goes_on(before, record))
     wait_for_all_processes()  # everybody has read run.json before it is replaced
@@ -282,6 +252,15 @@ def start_run(
             record["earlier_s"] = before.get("earlier_s", 0) + max(earlier_s, 0)
         write_json(directory / "run.json", record)
     return Run(directory, record, checkpoint)
+
+
+def _rehearse(record: dict[str, Any], arguments: Sequence[Any]) -> Run:
+    """A run whose output goes to a temporary directory, removed at its end."""
+    scratch = tempfile.TemporaryDirectory(prefix="dry_run_", ignore_cleanup_errors=True)
+    for one in arguments:
+        if hasattr(one, "output_dir"):
+            one.output_dir = scratch.name
+    return Run(Path(scratch.name), record, None, scratch)
 
 
 def _trains(arguments: Any) -> bool:
@@ -305,29 +284,12 @@ def is_unchanged(output_dir: str | os.PathLike, argv: Sequence[str]) -> bool:
 
 
 def _command_line(stage: str) -> str:
-    return " ".join(["python -m", STAGES[stage].module, *method_words(sys.argv[1:])])
+    return " ".join(["python -m", (STAGES | BRANCHES)[stage].module, *method_words(sys.argv[1:])])
 
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def read_json(path: str | os.PathLike) -> dict | None:
-    """The object in a JSON file, None where there is no file."""
-    path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON beside the file and rename it into place: whole, or not at all."""
-    beside = Path(f"{path}.partial")
-    text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # the name must not reach the disk before the bytes
-    beside.replace(path)
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
@@ -396,3 +358,9 @@ def wait_for_all_processes() -> None:
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
+
+
+if __name__ == "__main__":
+    from lineage import main
+
+    main(sys.argv[1:])

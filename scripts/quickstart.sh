@@ -1,15 +1,26 @@
 #!/usr/bin/env bash
 # From a fresh machine to an aligned chat model and its report card: bash scripts/quickstart.sh [RECIPE]
+# Or let the machine choose: bash scripts/quickstart.sh --auto [--minutes 15] [--network]
 # Run it again at any time: what is finished is skipped, what was interrupted goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 recipe=${1:-tiny}
-if [ ! -d "configs/$recipe" ]; then
+if [ "$recipe" != --auto ] && [ ! -d "configs/$recipe" ]; then
   echo "there is no recipe configs/$recipe; there are: $(cd configs && echo */sft.yaml)" >&2
   exit 1
 fi
 . scripts/environment.sh requirements.txt
-python scripts/pipeline.py "configs/$recipe"
+command="python scripts/pipeline.py configs/$recipe"
+if [ "$recipe" = --auto ]; then
+  echo "chosen for this machine:"
+  command=$(python scripts/auto.py "${@:2}")
+  recipe=${command#*configs/}
+  recipe=${recipe%% *}
+  echo "  $command"
+fi
+# Public data is the one thing that these recipes need from outside.
+grep -q data/generated "configs/$recipe/tokenizer.yaml" || export HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0
+$command
 other=smoke
 [ "$recipe" = smoke ] && other=tiny
 cat <<TEXT

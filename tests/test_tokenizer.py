@@ -1,15 +1,17 @@
 """The tokenizer: ids, digits, round trip, template."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SENTENCES
 
-from tokenizer.eval import detect_language, evaluate_tokenizer
+from tokenizer.eval import HOSTILE, compare, detect_language, evaluate_tokenizer, load_tokenizer
 from tokenizer.special_tokens import SPECIAL_TOKENS
-from tokenizer.train import train_bpe
+from tokenizer.train import train_bpe, wrap
+from tokenizer.vocabulary import byte_of, entry_bytes, readable, write_vocabulary
 
 MESSAGES = [
     {"role": "system", "content": "Be kind."},
@@ -34,7 +36,7 @@ def test_digits_stand_one_by_one(tokenizer):
 
 def test_round_trip_on_hostile_strings(tokenizer):
     path = ROOT.parent / "shared/data/messy/blns.json"
-    strings = [" lead", "tab\tnew\n\nline \r\n", "\x00\ufeff", "🪜👩‍👩‍👧", "ｆｕｌｌ", "a" * 300]
+    strings = list(HOSTILE)
     if path.is_file():
         strings += json.loads(path.read_text(encoding="utf-8"))
     for text in strings:
@@ -67,13 +69,24 @@ def test_a_prompt_is_a_prefix_of_the_whole_conversation(tokenizer):
 
 
 def test_unknown_role_is_refused(tokenizer):
+    assert tokenizer.apply_chat_template(MESSAGES[:1], tokenize=False, tools=None)
     with pytest.raises(Exception, match="role 'tool' is not one of"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
-def test_training_is_deterministic():
-    first, second = (train_bpe(SENTENCES, 400, 16).to_str() for _ in range(2))
-    assert first == second
+def test_the_same_bytes_in_give_the_same_files_out(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{one} {i}" for i in range(50) for one in SENTENCES), "utf-8")
+    made = []
+    for threads in ("1", "2"):  # and two hash seeds, in processes of their own
+        out = tmp_path / threads
+        command = [sys.executable, "-m", "tokenizer.train", "--data_files", str(text)]
+        command += ["--vocab_size", "600", "--output_dir", str(out)]
+        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "eval.json")
+        made.append([(out / name).read_bytes() for name in names])
+    assert made[0] == made[1]
 
 
 def test_vocabulary_without_room_for_bytes_is_refused():
@@ -86,6 +99,64 @@ def test_evaluation_counts_bytes_by_language(tokenizer):
     tokens = len(tokenizer("The river")["input_ids"])
     assert metrics["bytes_per_token/en"]["value"] == pytest.approx(9 / tokens, abs=1e-4)
     assert metrics["round_trip"] == {"value": 1.0, "n": 2, "unit": "share"}
+    tokens = len(tokenizer("小河")["input_ids"])
+    assert metrics["characters_per_token/zh"]["value"] == pytest.approx(2 / tokens, abs=1e-4)
+    assert metrics["round_trip/hostile"] == {"value": 1.0, "n": len(HOSTILE), "unit": "share"}
+
+
+def test_bytes_of_characters_are_counted_apart():
+    plain = wrap(train_bpe(["河"], 266, 16), 128)  # bytes alone, no merges
+    metrics = evaluate_tokenizer(plain, {"zh": ["河a1 "]})
+    assert metrics["bytes_per_token/zh"]["value"] == 1.0
+    assert metrics["single_byte_tokens"]["value"] == 0.5  # of 河's three bytes and three ASCII
+
+
+def test_a_vocabulary_is_readable(tokenizer, tmp_path):
+    assert bytes(byte_of().values()) and sorted(byte_of().values()) == list(range(256))
+    assert readable("ä½ł") == "你" and readable("Ġthe") == " the"
+    assert readable("ä½") == "<E4 BD>" and readable("<|im_start|>") == "<|im_start|>"
+    for text in ("小河", "é 🪜", "\x00\n"):
+        entries = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+        assert b"".join(map(entry_bytes, entries)) == text.encode()
+    write_vocabulary(tokenizer, {tokenizer.convert_tokens_to_ids("ä"): 7}, tmp_path / "v.tsv")
+    lines = (tmp_path / "v.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    assert len(rows) == len(tokenizer) + 1 and rows[0] == ["id", "kind", "used", "entry"]
+    assert rows[1] == ["0", "special", "0", '"<pad>"']
+    table = {row[3]: row for row in rows[1:]}
+    assert table['"<E4>"'][1:3] == ["byte", "7"]
+    assert any(row[1] == "text" and "河" in row[3] for row in rows), "Chinese entries as text"
+
+
+def test_tokenizers_are_compared_on_the_same_text(tokenizer, tmp_path):
+    # GPT-2's two files, under the names that OpenAI gave them, with one merge.
+    vocabulary = {char: i for i, char in enumerate(byte_of())} | {"th": 256}
+    (tmp_path / "encoder.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\n", encoding="utf-8")
+    other = load_tokenizer(str(tmp_path))
+    assert len(other("the")["input_ids"]) == 2
+    text = tmp_path / "held_out.txt"
+    text.write_text("小河流过磨坊", encoding="utf-8")
+    table = compare({"mine": tokenizer, "theirs": other}, [str(text)])
+    mine = len(tokenizer("小河流过磨坊")["input_ids"])
+    row = next(line for line in table.splitlines() if line.startswith("held_out.txt zh: tokens"))
+    assert row.split()[3:] == [str(mine), "18", f"x{18 / mine:.2f}"]
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path / ".."))
+
+
+@pytest.mark.parametrize(
+    ("message", "options", "why"),
+    [
+        ({"content": "x"}, {"tools": [{"type": "function"}]}, "tools are not supported"),
+        ({"content": None}, {}, "content of a turn of the assistant must be a text"),
+        ({"content": [{"type": "text", "text": "x"}]}, {}, "must be a text"),
+        ({"content": "x", "tool_calls": [{"name": "f"}]}, {}, "must be a text"),
+    ],
+)
+def test_what_the_template_cannot_say_is_refused(tokenizer, message, options, why):
+    with pytest.raises(Exception, match=why):
+        tokenizer.apply_chat_template([{"role": "assistant", **message}], **options)
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,18 @@ Writes  a directory that AutoTokenizer loads, with the chat template; eval.json;
     python -m tokenizer.train --data_files my.txt --output_dir output/my/tokenizer --vocab_size 8192
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 import stages
 from tokenizer.corpus import read_documents
 from tokenizer.eval import evaluate_tokenizer, group_by_language, read_by_language
 from tokenizer.mixture import check_budget, interleave, open_sources, parse_shares, take
+from tokenizer.pieces import Pieces
 from tokenizer.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
 
 SEED = 42  # order of a mixture's documents
@@ -47,11 +49,16 @@ def main(args: TokenizerArguments) -> None:
     data_files = [*parse_shares(args.data_files), *args.validation_files]
     run = stages.start_run("tokenizer", args.output_dir, [args], data_files=data_files)
     documents, held_out = read_text(args)
-    bpe = train_bpe(documents, args.vocab_size, args.max_token_length)
+    if run.scratch is not None:
+        run.end_dry_run(**count_text(documents, held_out))
+    pieces = Pieces(show_progress(documents))
+    bpe = train_bpe(pieces, args.vocab_size, args.max_token_length)
+    print(describe(pieces))
     tokenizer = wrap(bpe, args.model_max_length)
     tokenizer.save_pretrained(args.output_dir)
     is_held_out = bool(args.validation_files or args.max_bytes)
-    run.finish(evaluate_tokenizer(tokenizer, held_out), held_out=is_held_out)
+    counts = {"documents": pieces.documents, "bytes": pieces.size, "halved_runs": pieces.halved}
+    run.finish(evaluate_tokenizer(tokenizer, held_out), held_out=is_held_out, data=counts)
 
 
 def read_text(args: TokenizerArguments) -> tuple[Iterable[str], dict[str, list[str]]]:
@@ -72,6 +79,34 @@ def read_text(args: TokenizerArguments) -> tuple[Iterable[str], dict[str, list[s
     else:
         held_out = group_by_language(take(mixed, args.max_bytes / 100, _count_bytes))
     return take(mixed, args.max_bytes, _count_bytes), held_out
+
+
+def count_text(documents: Iterable[str], held_out: dict[str, list[str]]) -> dict[str, str]:
+    """How much text there is, for a dry run: everything is read, nothing is trained."""
+    sizes = [_count_bytes(text) for text in documents]
+    shares = {lang: sum(map(_count_bytes, texts)) for lang, texts in sorted(held_out.items())}
+    languages = ", ".join(f"{lang} {size / 1e6:.2f} MB" for lang, size in shares.items())
+    return {
+        "training_text": f"{sum(sizes) / 1e6:.2f} MB in {len(sizes):,} documents",
+        "held_out_text": languages,
+    }
+
+
+def show_progress(documents: Iterable[str]) -> Iterator[str]:
+    """Pass the documents on, with a bar of the bytes read where somebody looks."""
+    with tqdm(desc="tokenizer", unit="B", unit_scale=True, disable=None) as bar:
+        for text in documents:
+            yield text
+            bar.update(_count_bytes(text))
+
+
+def describe(pieces: Pieces) -> str:
+    """What was counted, as a line for a person."""
+    halved = f", {pieces.halved:,} rare ones in pieces" if pieces.halved else ""
+    return (
+        f"tokenizer: {pieces.size / 1e6:.1f} MB in {pieces.documents:,} documents, "
+        f"{pieces.distinct:,} different runs of letters{halved}"
+    )
 
 
 def _count_bytes(text: str) -> int:

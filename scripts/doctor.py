@@ -1,0 +1,323 @@
+"""What stands in the way of a run: versions, machine, configs, inputs, data, memory, time, disk.
+
+    python scripts/doctor.py                        # the machine
+    python scripts/doctor.py configs/tiny           # and a recipe
+    python scripts/doctor.py configs/my/sft.yaml --lang zh
+
+Exit code 1 where something must be mended, with the line that mends it; nothing is written. The
+words are in doctor.messages.yaml, in English and Chinese.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ROWS = 400  # looked at in each file
+REACHED = 0.4  # of the peak, by training steps; only for a rough time
+LEAST_FREE = 2e9  # bytes
+SIGNS = {"ok": "✓", "warn": "!", "fail": "✗", "title": ""}
+INPUTS = ("tokenizer", "data_dir", "model_name_or_path", "reward_model")
+FILES = ("data_files", "validation_files", "test_files")
+
+
+class Finding(NamedTuple):
+    """One line: a verdict (ok, warn, fail, title), a message's name, and what fills it in."""
+
+    verdict: str
+    message: str
+    words: dict[str, Any] = {}
+
+
+def judge(is_fine: bool, good: str, bad: str, words: dict[str, Any]) -> Finding:
+    """The message `good`, or the failure `bad`."""
+    return Finding("ok", good, words) if is_fine else Finding("fail", bad, words)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Look at everything, print it, return the exit code."""
+    found = check_versions()
+    if all(one.verdict != "fail" for one in found):
+        found += check_machine()
+        for path in list_configs(args.config):
+            found += check_stage(path, is_recipe=Path(args.config).is_dir())
+    say(found, args.lang)
+    return int(any(one.verdict == "fail" for one in found))
+
+
+def list_configs(config: str | None) -> list[Path]:
+    """The YAMLs of a recipe in the order of the stages, or the one that is named.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    import stages
+
+    path = Path(config) if config else None
+    if path is None or path.is_file():
+        return [path] if path else []
+    paths = [path / f"{stage}.yaml" for stage in stages.STAGES]
+    paths = [one for one in paths if one.is_file()]
+    if not paths:
+        known = ", ".join(sorted(p.parent.as_posix() for p in Path("configs").glob("*/sft.yaml")))
+        raise FileNotFoundError(f"{config} is no stage's YAML and no recipe; recipes: {known}")
+    return paths
+
+
+def check_versions() -> list[Finding]:
+    """Python and each line of requirements.txt against what is installed."""
+    found = [Finding("title", "title_versions")]
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    window = re.search(r'requires-python = "(.*)"', project)[1]
+    words = {"version": platform.python_version(), "window": window}
+    found.append(judge(is_in_window(words["version"], window), "python_ok", "python_bad", words))
+    fine = []
+    for line in read_requirements(ROOT / "requirements.txt"):
+        name, window = re.fullmatch(r"([\w.-]+)(.*)", line).groups()
+        words = {"name": name, "window": window, "line": line}
+        try:
+            words["version"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding("fail", "package_missing", words))
+            continue
+        if is_in_window(words["version"], window):
+            fine.append(f"{name} {words['version']}")
+        else:
+            found.append(Finding("fail", "package_bad", words))
+    return [*found, Finding("ok", "packages_ok", {"count": len(fine), "names": ", ".join(fine)})]
+
+
+def read_requirements(path: Path) -> list[str]:
+    """Its lines without comments, options and markers."""
+    lines = (re.split(r"\s+#|;|^#", line)[0] for line in path.read_text("utf-8").splitlines())
+    return [line.replace(" ", "") for line in lines if line.strip() and not line.startswith("-")]
+
+
+def is_in_window(version: str, window: str) -> bool:
+    """Whether a version satisfies ">=1.2,<2"; a local part such as "+cpu" does not count."""
+    return all(_holds(version, clause) for clause in window.split(",") if clause)
+
+
+def _holds(version: str, clause: str) -> bool:
+    sign, wanted = re.fullmatch(r"(==|>=|<=|<|>)(.*)", clause).groups()
+    mine, other = ([int(n) for n in re.findall(r"\d+", v.split("+")[0])] for v in (version, wanted))
+    width = max(len(mine), len(other))
+    mine, other = (numbers + [0] * (width - len(numbers)) for numbers in (mine, other))
+    return {"==": mine == other, ">=": mine >= other, "<=": mine <= other,
+            "<": mine < other, ">": mine > other}[sign]  # fmt: skip
+
+
+def check_machine() -> list[Finding]:
+    """Cores, memory, and what training will use of them."""
+    import torch
+
+    from pretrain.hardware import choose_attention, measure_memory, quiet_logs, training_defaults
+
+    quiet_logs()
+    defaults = training_defaults()
+    device = "cpu" if defaults["use_cpu"] else "cuda" if torch.cuda.is_available() else "mps"
+    dtype = "bf16" if defaults["bf16"] else "fp16" if defaults["fp16"] else "fp32"
+    free, total = free_memory(), measure_memory()
+    words = {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
+             "free": f"{free / 1e9:.1f}", "total": f"{total / 1e9:.1f}"}  # fmt: skip
+    used = {"device": device, "dtype": dtype, "attention": choose_attention()}
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return [
+        Finding("title", "title_machine"),
+        Finding("ok", "cores", words),
+        *([Finding("warn", "little_memory", words)] if free < LEAST_FREE else []),
+        Finding("ok", "device", used),
+        Finding("ok", "compile_there" if compiler else "compile_absent"),
+    ]
+
+
+def free_memory() -> int:
+    """Bytes that programs can still get; where the system does not tell, all there is."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
+    """One YAML: it parses, its inputs and data are there, its rows fit, its batch and costs."""
+    import stages
+
+    stage = next((name for name in stages.STAGES if f"{path.stem}_".startswith(f"{name}_")), None)
+    if stage is None:
+        raise ValueError(f"{path}: name it after its stage, one of {', '.join(stages.STAGES)}")
+    found = [Finding("title", "title_stage", {"stage": stage, "config": path.as_posix()})]
+    try:
+        parsed = parse(stage, path)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        return [*found, Finding("fail", "config_bad", {"error": error})]
+    found.append(Finding("ok", "config_ok"))
+    values = {key: value for one in reversed(parsed) for key, value in vars(one).items()}
+    found += [one for key in INPUTS for one in check_input(values.get(key), path, is_recipe)]
+    is_ready = all(one.message not in ("input_later", "input_bad") for one in found)
+    names = [name for key in FILES for name in values.get(key) or []]
+    found += [one for name in names for one in check_data(name)]
+    is_ready = is_ready and all(one.verdict != "fail" for one in found)
+    if is_ready and stages.STAGES[stage].trains and stage != "pretrain":
+        found += attempt(lambda: check_rows(stage, path, values))
+    if stages.STAGES[stage].trains:
+        found.append(describe_batch(parsed[1]))
+    if stage == "pretrain":
+        found += attempt(lambda: check_costs(*parsed))
+    return found
+
+
+def parse(stage: str, path: Path) -> tuple:
+    """The stage's dataclasses, by its own strict parser."""
+    import stages
+    from pretrain.hardware import training_defaults
+
+    module = importlib.import_module(stages.STAGES[stage].module)
+    classes = [kind for name, kind in module.main.__annotations__.items() if name != "return"]
+    defaults = training_defaults() if stages.STAGES[stage].trains else None
+    return stages.parse_args(classes, ["--config", str(path)], defaults)
+
+
+def attempt(check: Any) -> list[Finding]:
+    """What a check finds; its ValueError is a finding too."""
+    try:
+        return check()
+    except (ValueError, OSError) as error:
+        return [Finding("fail", "rows_bad", {"error": error})]
+
+
+def check_input(directory: str | None, path: Path, is_recipe: bool) -> list[Finding]:
+    """Whether the stage before has run, and its tokenizer and template are what they were."""
+    import stages
+
+    if directory is None:
+        return []
+    here, words = Path(directory), {"directory": directory}
+    later = path.with_name(f"{here.name}.yaml")
+    if is_recipe and not here.is_dir() and later.is_file() and later != path:
+        return [Finding("ok", "input_later", words | {"maker": later.as_posix()})]
+    try:
+        stages.require_input(directory)
+    except (ValueError, FileNotFoundError) as error:
+        return [Finding("fail", "input_bad", {"error": error})]
+    return [Finding("ok", "input_ok" if here.is_dir() else "input_hub", words)]
+
+
+def check_data(name: str) -> list[Finding]:
+    """Whether the first rows of a source can be read."""
+    from tokenizer.corpus import is_hub_name, list_files, read_rows
+    from tokenizer.mixture import parse_shares
+
+    (name,) = parse_shares([name])
+    if is_hub_name(name):
+        return [Finding("ok", "data_hub", {"name": name})]
+    try:
+        rows = sum(1 for path in list_files(name) for _ in islice(read_rows(str(path)), ROWS))
+    except (ValueError, OSError) as error:
+        return [Finding("fail", "data_bad", {"error": error})]
+    return [Finding("ok", "data_ok", {"name": name, "rows": f"{rows:,}"})]
+
+
+def check_rows(stage: str, path: Path, values: dict[str, Any]) -> list[Finding]:
+    """The template, the end token, and how many rows are too long, on the first rows."""
+    from transformers import AutoConfig
+
+    from rlhf.data import fit_prompts, load_preferences, load_prompts
+    from rlhf.pairs import fit_pairs
+    from sft.data import DataSummary, load_mixture
+    from sft.rendering import render
+    from sft.train import load_chat_tokenizer
+
+    base, limit = values["model_name_or_path"], values.get("max_length")
+    tokenizer = load_chat_tokenizer(base, values.get("chat_template_path"))
+    found = [Finding("ok", "template_ok", {"end": tokenizer.eos_token})]
+    summary = DataSummary()
+    if stage == "sft":
+        rows = load_mixture(values["data_files"], values["seed"])[0][:ROWS]
+        limit = limit or AutoConfig.from_pretrained(base).max_position_embeddings
+        _, summary = render(rows, tokenizer, limit)
+        words = {"rows": len(rows), "trained": f"{summary.trained_share:.0%}",
+                 "ends": f"{summary.end_share:.1%}", "config": path}  # fmt: skip
+        found.append(judge(summary.end_share > 0.99, "rows_ok", "rows_no_end", words))
+    elif stage in ("reward", "dpo"):
+        rows = load_preferences(values["data_files"])[0][:ROWS]
+        fit_pairs(rows, tokenizer, limit, summary)
+    else:
+        rows = load_prompts(values["data_files"])[0][:ROWS]
+        context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", 10**9)
+        limit = context - values["max_completion_length"]
+        fit_prompts(rows, tokenizer, limit, summary)
+    dropped = sum(len(sources) for why, sources in summary.dropped.items() if "longer" in why)
+    share = dropped / len(rows)
+    words = {"rows": len(rows), "count": dropped, "share": f"{share:.1%}", "limit": limit}
+    verdict = "fail" if share > 0.5 else "warn" if dropped else "ok"
+    return [*found, Finding(verdict, "too_long" if dropped else "fits", words)]
+
+
+def describe_batch(training_args: Any) -> Finding:
+    """The batch of one step."""
+    numbers = (training_args.per_device_train_batch_size,
+               training_args.gradient_accumulation_steps, training_args.world_size)  # fmt: skip
+    words = dict(zip(("per_device", "accumulation", "processes"), numbers, strict=True))
+    return Finding("ok", "batch", {"batch": numbers[0] * numbers[1] * numbers[2], **words})
+
+
+def check_costs(recipe: Any, training_args: Any) -> list[Finding]:
+    """Memory, time and disk of pretraining, by the plan (`pretrain.plan`)."""
+    import torch
+
+    from pretrain.costs import peak_flops
+    from pretrain.train import plan_run
+
+    plan = plan_run(recipe, training_args)
+    needed, there = plan.memory("ddp"), plan.machine.memory
+    words = {"needed": f"{needed / 1e9:.2f}", "there": f"{there / 1e9:.1f}"}
+    found = [judge(needed <= there, "memory_ok", "memory_bad", words)]
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float32
+    peak = peak_flops(training_args.device, dtype) * plan.machine.processes
+    seconds = plan.flops_per_token * plan.tokens_per_step * plan.steps / (REACHED * peak)
+    words = {"minutes": f"{seconds / 60:,.0f}", "steps": f"{plan.steps:,}"}
+    words |= {"share": f"{REACHED:.0%}", "peak": f"{peak / 1e12:.2f}"}
+    found.append(Finding("ok", "time", words))
+    size = 4 * plan.parameters.total
+    size += plan.checkpoints * (size + plan.optimizer_states)
+    there = [one for one in Path(training_args.output_dir).absolute().parents if one.is_dir()]
+    free = shutil.disk_usage(there[0]).free
+    words = {"needed": f"{size / 1e9:.2f}", "free": f"{free / 1e9:.1f}"}
+    return [*found, judge(size <= free, "disk_ok", "disk_bad", words)]
+
+
+def say(found: list[Finding], language: str) -> None:
+    """Print the findings and the verdict."""
+    import yaml
+
+    path = Path(__file__).with_name("doctor.messages.yaml")
+    texts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    counts = {v: sum(one.verdict == v for one in found) for v in ("fail", "warn")}
+    words = {"failures": counts["fail"], "warnings": counts["warn"]}
+    last = "ill" if counts["fail"] else "warned" if counts["warn"] else "healthy"
+    for one in found:
+        text = texts[one.message][language].format(**one.words)
+        print(f"\n{text}" if one.verdict == "title" else f"  {SIGNS[one.verdict]} {text}")
+    print("\n" + texts[last][language].format(**words))
+
+
+def find_language() -> str:
+    """`zh` where the environment asks for Chinese, else `en`."""
+    names = (os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "zh" if next(filter(None, names), "").lower().startswith("zh") else "en"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", nargs="?", help="a recipe's folder or a stage's YAML")
+    parser.add_argument("--lang", choices=("en", "zh"), default=find_language())
+    sys.exit(main(parser.parse_args()))

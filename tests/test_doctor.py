@@ -1,0 +1,134 @@
+"""The doctor names what is wrong, with the line that mends it, in both languages."""
+
+import importlib.metadata
+import importlib.util
+import re
+
+import pytest
+import yaml
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def doctor():
+    spec = importlib.util.spec_from_file_location("doctor", ROOT / "scripts/doctor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def verdicts(found):
+    return {(one.verdict, one.message) for one in found}
+
+
+@pytest.mark.parametrize(
+    ("version", "window", "inside"),
+    [
+        ("2.13.0+cpu", "==2.13.0", True),
+        ("2.13.1", "==2.13.0", False),
+        ("5.23.0", ">=5.23,<5.24", True),
+        ("5.24.0", ">=5.23,<5.24", False),
+        ("5.9.0", ">=5.23,<5.24", False),  # numbers, not letters
+        ("3.14.0", ">=3.10,<3.14", False),
+    ],
+)
+def test_windows(doctor, version, window, inside):
+    assert doctor.is_in_window(version, window) is inside
+
+
+def test_every_requirement_is_looked_at(doctor):
+    lines = doctor.read_requirements(ROOT / "requirements.txt")
+    assert "torch==2.13.0" in lines and "trl>=1.16,<1.17" in lines
+    assert all(re.fullmatch(r"[\w.-]+[<>=].*", line) for line in lines)
+    assert verdicts(doctor.check_versions()) >= {("ok", "python_ok"), ("ok", "packages_ok")}
+
+
+def test_a_wrong_version_is_told_with_the_line_that_mends_it(doctor, monkeypatch, capsys):
+    real = importlib.metadata.version
+    fakes = {"transformers": "4.57.1"}
+
+    def version(name):
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return fakes.get(name) or real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for language, verb in (("en", "mend it"), ("zh", "修复")):
+        doctor.say(doctor.check_versions(), language)
+        shown = capsys.readouterr().out
+        assert re.search(rf'{verb}.*pip install "transformers>=5.23,<5.24"', shown)
+        assert re.search(rf'{verb}.*pip install "peft>=0.21,<0.22"', shown)
+
+
+def test_both_languages_say_the_same_things(doctor):
+    texts = yaml.safe_load((ROOT / "scripts/doctor.messages.yaml").read_text(encoding="utf-8"))
+    code = (ROOT / "scripts/doctor.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'Finding\("\w+", "(\w+)"', code)) <= set(texts)
+    for name, both in texts.items():
+        english, chinese = (sorted(set(re.findall(r"\{(\w+)\}", both[k]))) for k in ("en", "zh"))
+        assert chinese == english or name in ("input_bad",), name
+
+
+@pytest.mark.parametrize(
+    ("environment", "language"),
+    [({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "de_DE.UTF-8"}, "en"), ({}, "en"),
+     ({"LC_ALL": "C", "LANG": "zh_CN"}, "en")],
+)  # fmt: skip
+def test_the_language_is_that_of_the_environment(doctor, monkeypatch, environment, language):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert doctor.find_language() == language
+
+
+def write_sft(tmp_path, base_dir, rows, **keys):
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    keys = {"model_name_or_path": base_dir, "data_files": tmp_path / "rows.jsonl",
+            "output_dir": tmp_path / "out", "max_length": 64, "use_cpu": "true"} | keys  # fmt: skip
+    path = tmp_path / "sft.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    return path
+
+
+GOOD = '{"prompt": "Who are you?", "completion": "I am LadderLM."}\n'
+LONG = '{"prompt": "Who?", "completion": "' + "I am. " * 60 + '"}\n'
+
+
+def test_a_healthy_stage(doctor, tmp_path, base_dir):
+    found = doctor.check_stage(write_sft(tmp_path, base_dir, GOOD * 4), is_recipe=False)
+    expected = ("config_ok", "input_ok", "data_ok", "template_ok", "rows_ok", "fits", "batch")
+    assert [one.message for one in found[1:]] == list(expected)
+    assert {one.verdict for one in found[1:]} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "message", "words"),
+    [
+        (GOOD, {"learning_rte": 1}, "config_bad", "did you mean 'learning_rate'"),
+        (GOOD, {"model_name_or_path": "output/none/pretrain"}, "input_bad", "pretrain.train"),
+        ('{"prompt": 1', {}, "data_bad", "malformed JSON"),
+        ('{"a": "b"}\n', {}, "rows_bad", "no known layout"),
+        (GOOD + LONG, {}, "too_long", "50.0%"),
+    ],
+)
+def test_what_is_wrong_is_named(doctor, tmp_path, base_dir, rows, keys, message, words):
+    found = doctor.check_stage(write_sft(tmp_path, base_dir, rows, **keys), is_recipe=False)
+    (one,) = [one for one in found if one.verdict in ("fail", "warn")]
+    assert one.message == message
+    assert words in " ".join(map(str, one.words.values()))
+
+
+def test_a_recipe_need_not_have_run(doctor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    found = doctor.check_stage(doctor.Path("configs/tiny/pretrain.yaml"), is_recipe=True)
+    assert ("ok", "input_later") in verdicts(found)
+    assert {"memory_ok", "time", "disk_ok", "batch"} <= {one.message for one in found}
+    alone = doctor.check_stage(doctor.Path("configs/tiny/pretrain.yaml"), is_recipe=False)
+    assert ("fail", "input_bad") in verdicts(alone)

@@ -1,0 +1,124 @@
+"""What inspect_data.py shows is what the stages train on, and no data can leave its box."""
+
+import html
+import importlib.util
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture(scope="module")
+def inspect_data():
+    spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "scripts/inspect_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch, base_dir):
+    """Writes a stage's YAML with rows beside it; returns the YAML's path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_stage(stage, rows, **keys):
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+        keys = {"model_name_or_path": str(base_dir), "data_files": "rows.jsonl"} | keys
+        keys = {"output_dir": f"output/my/{stage}", "use_cpu": True} | keys
+        text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items())
+        (tmp_path / f"{stage}.yaml").write_text(text, encoding="utf-8")
+        return f"{stage}.yaml"
+
+    return write_stage
+
+
+def chat(question, answer):
+    return {"messages": [turn("user", question), turn("assistant", answer)]}
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def said(side, flag):
+    return "".join(box.text for box in side.boxes if flag in box.flags)
+
+
+def test_sft_rows_show_what_is_trained(inspect_data, write):
+    rows = [chat("Who are you?", "I am LadderLM."), chat("你是谁？", "天梯"), chat("1", "2 " * 80)]
+    view = inspect_data.look(write("sft", [*rows, rows[0]], max_length=64), 10)
+    (_, (side,)) = view.rows[0]
+    assert said(side, "trained") == "I am LadderLM.<|im_end|>"
+    assert [box.text for box in side.boxes if "end" in box.flags] == ["<|im_end|>"] * 2
+    assert view.too_long == 1 and view.duplicates == 1 and len(view.lengths) == 4
+    assert view.languages == {"en": 3, "zh": 1} and view.with_end == 4
+    numbers = dict(inspect_data.summarize(view))
+    assert numbers["over 64 tokens"].startswith("1 (25.0%) left out")
+    text = inspect_data.format_terminal(view, colours=False)
+    assert "[I]|[ am]" in text or "[I am" in text or "[I]|" in text
+
+
+def test_packed_rows_have_borders_where_a_row_begins(inspect_data, write):
+    rows = [chat("Who are you?", f"I am number {i}.") for i in range(6)]
+    view = inspect_data.look(write("sft", rows, max_length=80, packing=True), 10)
+    starts = sum("border" in box.flags for _, (side,) in view.rows for box in side.boxes)
+    assert starts == 6 and len(view.rows) < 6
+    for _, (side,) in view.rows:
+        for box in side.boxes:
+            assert "border" not in box.flags or box.text == "<|im_start|>"
+
+
+def test_pairs_stand_beside_each_other_and_differ_where_they_differ(inspect_data, write):
+    pair = {"prompt": "Who are you?", "chosen": "I am LadderLM.", "rejected": "I am."}
+    view = inspect_data.look(write("dpo", [pair], max_length=64), 10)
+    (_, (chosen, rejected)) = view.rows[0]
+    assert said(chosen, "trained") == "I am LadderLM.<|im_end|>\n"
+    assert "LadderLM" in said(chosen, "differs") and said(rejected, "differs") in ("", ".")
+    assert "Who" not in said(chosen, "differs")
+    view = inspect_data.look(write("reward", [pair], max_length=64), 10)
+    for side in view.rows[0][1]:
+        assert [i for i, box in enumerate(side.boxes) if "score" in box.flags] == [
+            len(side.boxes) - 1
+        ]
+        assert said(side, "trained") == ""
+
+
+def test_tasks_show_the_prompt_and_the_right_answer(inspect_data, write):
+    task = {"prompt": "17+25=?", "answer": "42"}
+    config = write("grpo", [task], max_completion_length=16, num_generations=2,
+                   per_device_train_batch_size=2)  # fmt: skip
+    view = inspect_data.look(config, 10)
+    title, (side,) = view.rows[0]
+    assert "right answer '42', number" in title
+    assert "".join(box.text for box in side.boxes).endswith("<|im_start|>assistant\n")
+    assert view.limit == 64 - 16
+
+
+def test_blocks_show_documents_and_labels(inspect_data, write, prepared_dir, monkeypatch):
+    path = write("pretrain", [], data_dir=str(prepared_dir))
+    text = "\n".join(line for line in open(path).read().splitlines()
+                     if not line.startswith(("model_name", "data_files")))  # fmt: skip
+    open(path, "w").write(text)
+    view = inspect_data.look(path, 5)
+    for _, (side,) in view.rows:
+        for position, box in enumerate(side.boxes):
+            assert ("border" in box.flags) == (box.text == "<bos>" or position == 0)
+            assert ("trained" in box.flags) == (box.text != "<bos>" and position > 0)
+
+
+def test_the_page_is_one_file_and_data_stays_text(inspect_data, write):
+    view = inspect_data.look(write("sft", [chat(HOSTILE, HOSTILE)], max_length=2048), 10)
+    page = inspect_data.render_page(view)
+    assert "http://" not in page and "https://" not in page, "one file, nothing from outside"
+    assert "<script" not in page and "<img" not in page and "src=" not in page
+    shown = html.unescape(re.sub(r"<[^>]*>", "", page.split("The first 1 rows")[1]))
+    assert HOSTILE.replace(" ", "·") in shown.replace("\n", "")
+
+
+def test_a_yaml_that_is_no_stage_is_refused(inspect_data):
+    with pytest.raises(ValueError, match="name it after its stage, one of tokenizer, prepare"):
+        inspect_data.look("configs/tiny/eval.yaml", 3)
