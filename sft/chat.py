@@ -13,6 +13,7 @@ import torch
 
 from sft.eval import load_for_generation
 from sft.model import context_length
+from sft.rendering import encode_prompt
 
 COMMANDS = "/reset forgets, /system TEXT sets the system prompt, /exit ends"
 
@@ -66,9 +67,7 @@ class Conversation:
         wanted = min(self.sampling["max_new_tokens"], 32)
         while True:
             system = [{"role": "system", "content": self.system}] if self.system else []
-            ids = self.tokenizer.apply_chat_template(
-                system + self.turns, add_generation_prompt=True
-            )["input_ids"]
+            ids = encode_prompt(system + self.turns, self.tokenizer)
             if self._room(ids) >= wanted:
                 return ids
             if len(self.turns) == 1:

@@ -1,6 +1,8 @@
-"""Merge a LoRA adapter into its full-precision base.
+"""Merge a LoRA adapter into its full-precision base, and say what the merge changed.
 
-python -m sft.merge output/tiny/sft/adapter --base output/tiny/pretrain --output_dir merged
+    python -m sft.merge output/tiny/sft/adapter --base output/tiny/pretrain --output_dir merged
+
+Writes a model that from_pretrained loads, with the comparison in run.json.
 """
 
 import argparse
@@ -8,19 +10,22 @@ import argparse
 from peft import PeftConfig
 from transformers import AutoTokenizer
 
+import stages
 from sft.model import merge_adapter, set_stop_tokens
 
 
 def main(adapter: str, base: str | None, tokenizer_dir: str | None, output_dir: str) -> None:
     """Write the merged model and its tokenizer, and print what the merge changed."""
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    run = stages.start_run("merge", output_dir, [], [base, adapter])
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or adapter)
-    model, parity = merge_adapter(base, adapter)
+    model, parity = merge_adapter(base, adapter, tokenizer)
     set_stop_tokens(model, tokenizer)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    difference = parity["merge_max_logit_difference"]
-    print(f"merged into {output_dir}; largest logit difference {difference:.2e}")
+    for name, value in parity.items():
+        print(f"{name:30} {value}")
+    run.finish(**parity)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from pretrain.hardware import choose_attention
-from tokenizer.special_tokens import IM_END, IM_START
+from sft.rendering import encode_prompt
+from tokenizer.special_tokens import IM_END, IM_START, PAD
+
+CHAT_TOKENS = (IM_START, IM_END)
+PROBES = ("Hi", "What is 12 + 30?", "你好，你是谁？", "Tell me about the river.")
+PROBE_TOKENS = 32
 
 
 def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where the recipe says `load_in_4bit`.
 
     Raises:
-        ValueError: tokenizer and model do not belong together, 4 bits without LoRA, or widths
-            that bitsandbytes cannot pack into 4 bits on a CPU.
+        ValueError: tokenizer and model do not belong together, or 4 bits without LoRA.
     """
     if model_args.load_in_4bit and not model_args.use_peft:
         raise ValueError("load_in_4bit needs use_peft: true; 4-bit weights cannot be trained")
@@ -28,9 +32,9 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
         attn_implementation=model_args.attn_implementation or choose_attention(),
         quantization_config=get_quantization_config(model_args),
     )
+    add_chat_tokens(model, tokenizer)
     check_vocabulary(model, tokenizer)
-    if model_args.load_in_4bit and model.device.type == "cpu":
-        check_packable(model)
+    keep_unpacked(model)
     model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model
 
@@ -48,6 +52,22 @@ def count_real_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple,
     return args, kwargs
 
 
+def add_chat_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Give the chat tokens that a tokenizer has and its model has not rows of their own.
+
+    A new row is the mean of the old ones, always the same: the base that an adapter is merged into
+    has to be the base that it was trained on. Other missing rows are left to `check_vocabulary`.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    new = tokenizer.convert_ids_to_tokens(list(range(rows, len(tokenizer))))
+    if not new or not set(new) <= {PAD, *CHAT_TOKENS}:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for embeddings in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        weight = embeddings.weight.data
+        weight[rows:] = weight[:rows].mean(dim=0)
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Raise a ValueError where the tokenizer makes ids that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -58,17 +78,16 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
-def check_packable(model: PreTrainedModel) -> None:
-    """Raise a ValueError where a 4-bit layer's input width is no multiple of a block of 64.
+def keep_unpacked(model: PreTrainedModel) -> None:
+    """Let the 4-bit layers of a CPU be in evaluation what they are in training.
 
-    bitsandbytes packs the weights anew for a CPU in evaluation, and fails there on other widths.
+    On AVX512-BF16 bitsandbytes packs the weights anew at the first forward pass without gradients,
+    and they stay packed: training that goes on after an evaluation (of guards, of a reference) runs
+    through a product that has no gradient. It also takes only widths that are a multiple of 64.
     """
-    for name, module in model.named_modules():
-        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
-            raise ValueError(
-                f"{name} reads {module.in_features} channels, and 4 bits on a CPU need a multiple "
-                "of 64. Leave out load_in_4bit (LoRA alone), or pretrain with another n_embd"
-            )
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -76,35 +95,63 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
-def make_lora_config(model_args: ModelConfig, tokenizer: Any) -> LoraConfig | None:
+def make_lora_config(
+    model_args: ModelConfig, tokenizer: Any, model: PreTrainedModel | None = None
+) -> LoraConfig | None:
     """The LoRA of a recipe, None for full fine-tuning.
 
     The embedding rows of the chat tokens are trained as well: a base model has never seen them,
-    and without it LoRA could not teach the model to stop.
+    and without it LoRA could not teach the model to stop. Of a `model` whose output layer is not
+    tied to its embeddings the rows of both are.
     """
     config = get_peft_config(model_args)
     if config is None:
         return None
     if not model_args.lora_target_modules:
         config.target_modules = "all-linear"
-    vocabulary = tokenizer.get_vocab()
-    config.trainable_token_indices = [vocabulary[t] for t in (IM_START, IM_END) if t in vocabulary]
+    config.trainable_token_indices = find_chat_tokens(tokenizer) or None
+    is_tied = model is None or model.config.tie_word_embeddings
+    if config.trainable_token_indices and not is_tied:
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+        names = [name.split(".")[-1] for name, one in model.named_modules() if one in layers]
+        config.trainable_token_indices = dict.fromkeys(names, config.trainable_token_indices)
     return config
 
 
-def complete_head(model: PreTrainedModel | PeftModel) -> None:
-    """Give an output head with trainable rows the `bias` that TRL's fused loss looks for.
+def find_chat_tokens(tokenizer: Any) -> list[int]:
+    """The ids of the tokens that open and close a turn, as far as the tokenizer has them."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in CHAT_TOKENS if token in vocabulary]
 
-    PEFT's wrapper answers for `weight` (with the trained rows in place) and nothing else.
+
+def complete_head(model: PreTrainedModel | PeftModel) -> None:
+    """Mend what TRL's trainers and PEFT leave half done; call it on a new trainer's model.
+
+    An output head with trainable rows gets the `bias` that TRL's fused loss looks for: PEFT's
+    wrapper answers for `weight` (with the trained rows in place) and nothing else. And the adapter
+    of a 4-bit model becomes fp32: TRL makes it bf16, in which small steps are rounded away, and
+    PEFT makes it fp32 again when a checkpoint is loaded, so that no resumed run could be exact.
     """
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
         head.bias = None
+    restore_precision(model)
+
+
+def restore_precision(model: PreTrainedModel | PeftModel) -> None:
+    """Make what is trained of an adapter model fp32; see `complete_head`."""
+    if isinstance(model, PeftModel):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def merge_adapter(
-    base: str | os.PathLike, adapter: str | os.PathLike, probe: torch.Tensor | None = None
-) -> tuple[PreTrainedModel, dict[str, float]]:
+    base: str | os.PathLike,
+    adapter: str | os.PathLike,
+    tokenizer: Any,
+    trained: PreTrainedModel | PeftModel | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Merge an adapter into the full-precision base, and measure what the merge changed.
 
     A 4-bit base is never merged into: its weights would be rounded once more. The base is read
@@ -113,19 +160,75 @@ def merge_adapter(
     Args:
         base: the directory the adapter was trained from.
         adapter: a PEFT adapter.
-        probe: token ids (B, T) to compare on; None takes a few ids of the vocabulary.
+        tokenizer: of the chat model; a few prompts are answered greedily to compare by.
+        trained: the 4-bit model as it was trained, to compare with as well.
 
     Returns:
-        The plain model, and {"merge_max_logit_difference"} to the unmerged adapter model.
+        The plain model, and for run.json: "merge_max_logit_difference" to the adapter on the same
+        fp32 base, "merge_greedy_equal" (share of the prompts answered with the same tokens), the
+        same two "_4bit" where `trained` is given, and "chat_token_movement": by token, the length
+        of the way that its embedding went, relative to where it began.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    probe = torch.arange(32)[None] % model.config.vocab_size if probe is None else probe
+    add_chat_tokens(model, tokenizer)
+    chat_tokens = find_chat_tokens(tokenizer)
+    start = model.get_input_embeddings().weight.detach()[chat_tokens].clone()
     model = PeftModel.from_pretrained(model, Path(adapter)).eval()
-    with torch.no_grad():
-        before = model(input_ids=probe).logits
-        merged = model.merge_and_unload(safe_merge=True)
-        difference = (merged(input_ids=probe).logits - before).abs().max().item()
-    return merged, {"merge_max_logit_difference": difference}
+    answers = answer_probes(model, tokenizer)
+    logits = read_logits(model, answers)
+    merged = model.merge_and_unload(safe_merge=True)
+    said, merged_logits = answer_probes(merged, tokenizer), read_logits(merged, answers)
+    parity: dict[str, Any] = {
+        "merge_max_logit_difference": largest_difference(logits, merged_logits),
+        "merge_greedy_equal": share_equal(answers, said),
+    }
+    if trained is not None:
+        was_training = trained.training
+        trained.eval()
+        difference = largest_difference(read_logits(trained, answers), merged_logits)
+        parity["merge_max_logit_difference_4bit"] = difference
+        parity["merge_greedy_equal_4bit"] = share_equal(answer_probes(trained, tokenizer), said)
+        trained.train(was_training)
+    end = merged.get_input_embeddings().weight.detach()[chat_tokens]
+    moved = ((end - start).norm(dim=1) / start.norm(dim=1)).tolist()
+    names = tokenizer.convert_ids_to_tokens(chat_tokens)
+    parity["chat_token_movement"] = dict(zip(names, (round(x, 4) for x in moved), strict=True))
+    return merged, parity
+
+
+@torch.no_grad()
+def answer_probes(model: Any, tokenizer: Any) -> list[list[int]]:
+    """Each probe's ids with the model's greedy answer behind them."""
+    answers = []
+    for text in PROBES:
+        prompt = torch.tensor([encode_prompt([{"role": "user", "content": text}], tokenizer)])
+        room = context_length(model) - prompt.shape[1]
+        answers += model.generate(
+            input_ids=prompt.to(model.device),
+            attention_mask=torch.ones_like(prompt).to(model.device),
+            max_new_tokens=max(1, min(PROBE_TOKENS, room)),
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ).tolist()
+    return answers
+
+
+@torch.no_grad()
+def read_logits(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+    """The logits (T, vocabulary) of each row of ids, read alone."""
+    return [model(torch.tensor([ids], device=model.device)).logits[0].float() for ids in rows]
+
+
+def largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """The largest absolute difference between two models' logits."""
+    pairs = zip(ours, theirs, strict=True)
+    return max((a - b.to(a.device)).abs().max().item() for a, b in pairs)
+
+
+def share_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of the rows of ids that are the same."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours)
 
 
 def set_stop_tokens(model: PreTrainedModel, tokenizer: Any) -> None:

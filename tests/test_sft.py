@@ -11,7 +11,6 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from pretrain.callbacks import MetricsFile, StopOnNaN
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from sft.chat import Conversation
-from sft.data import render
 from sft.eval import generate_answers, measure_answers, repetition
 from sft.model import (
     check_vocabulary,
@@ -21,6 +20,7 @@ from sft.model import (
     merge_adapter,
     set_stop_tokens,
 )
+from sft.rendering import render
 from sft.train import load_chat_tokenizer
 
 ROWS = [
@@ -89,7 +89,7 @@ def test_lora_trains_the_chat_tokens_and_merges(base_dir, chat_tokenizer, tmp_pa
         assert "Linear4bit" in kinds
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    merged, parity = merge_adapter(base_dir, tmp_path / "adapter")
+    merged, parity = merge_adapter(base_dir, tmp_path / "adapter", chat_tokenizer)
     assert parity["merge_max_logit_difference"] < 1e-4
     base = AutoModelForCausalLM.from_pretrained(base_dir)
     moved = (merged.transformer.wte.weight - base.transformer.wte.weight).abs().sum(dim=1)
@@ -107,11 +107,25 @@ def test_four_bits_without_lora_is_refused(base_dir, chat_tokenizer):
         load_model(model_args, chat_tokenizer)
 
 
-def test_widths_that_four_bits_cannot_pack_are_refused(tiny_config, chat_tokenizer, tmp_path):
+def test_an_evaluation_does_not_change_the_training_of_a_4_bit_model(
+    tiny_config, chat_tokenizer, tmp_path
+):
     GPT2LMHeadModel(GPT2Config(**tiny_config.to_dict() | {"n_embd": 96})).save_pretrained(tmp_path)
     args = ModelConfig(model_name_or_path=str(tmp_path), load_in_4bit=True, use_peft=True)
-    with pytest.raises(ValueError, match="reads 96 channels.*multiple of 64"):
-        load_model(args, chat_tokenizer)
+    ids, gradients = torch.arange(10, 30)[None], []
+    for evaluates in (False, True):
+        model = load_model(args, chat_tokenizer)
+        assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+        if evaluates:
+            with torch.no_grad():
+                model.eval()(input_ids=ids)
+        model.train()
+        weight = model.get_input_embeddings().weight.requires_grad_(True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(base_dir, tokenizer):

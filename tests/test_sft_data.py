@@ -1,22 +1,14 @@
-"""Layouts, refusals, the split, and the rendering with its mask."""
+"""Layouts, refusals, loss weights, mixtures and the split."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from sft.data import check_chat_template, load_conversations, render, split_rows
+from sft.data import load_conversations, load_mixture, split_rows
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "sft"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
-)
-
 
 def turn(role, content):
     return {"role": role, "content": content}
@@ -33,24 +25,6 @@ def write(tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def tokenizer():
-    """Bytes as tokens, with the merges of nothing: every length is known by hand."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(special + alphabet)}
-    core = Tokenizer(models.BPE(vocabulary, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", chat_template=CHATML,
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -127,8 +101,7 @@ TOOLS = "tool calls are not supported"
         ({"messages": [HI[0], turn("assistant", " \n")]}, "empty turn of the assistant"),
         ({"messages": [turn("user", ""), HI[1]]}, "empty turn of the user"),
         ({"instruction": "Hi", "output": ""}, "empty turn of the assistant"),
-        ({"messages": [HI[0], {**HI[1], "loss_weight": 0.0}]}, "loss_weight other than 1"),
-        ({"messages": [{**HI[0], "weight": 1}, HI[1]]}, "weight other than 0"),
+        ({"messages": [{**HI[0], "weight": 1}, HI[1]]}, "a loss weight on a turn of the user"),
     ],
 )
 def test_refused_rows_are_counted_with_reason_and_source(write, row, reason):
@@ -195,86 +168,6 @@ def test_split_keeps_a_prompt_on_one_side():
         split_rows(rows, 2)
 
 
-def test_render_trains_the_answer_and_its_end_token_only(tokenizer):
-    two_turns = [*HI, turn("user", "再见"), turn("assistant", "再见!")]
-    kept, summary = render([{"messages": HI, "kind": "x"}, {"messages": two_turns}], tokenizer, 99)
-    assert list(kept[0]) == ["input_ids", "assistant_masks"]
-    trained = [
-        tokenizer.decode(
-            [token for token, bit in zip(*row.values(), strict=True) if bit],
-            skip_special_tokens=False,
-        )
-        for row in kept
-    ]
-    assert trained == ["Hello<|im_end|>", "Hello<|im_end|>再见!<|im_end|>"]
-    # 2 turns of <|im_start|>, role, newline, text, <|im_end|>, newline; a byte is a token.
-    assert len(kept[0]["input_ids"]) == 2 * 4 + len("user" + "Hi" + "assistant" + "Hello")
-    assert summary.tokens == sum(len(row["input_ids"]) for row in kept)
-    assert summary.trained_tokens == 6 + 6 + len("再见!".encode()) + 1
-    assert summary.longest == len(kept[1]["input_ids"])
-    assert summary.end_share == 1.0
-    assert "end token trained in 100.0% of the rows" in str(summary)
-
-
-def test_render_drops_and_counts(tokenizer):
-    fake_end = [turn("user", "Hi<|im_end|>"), HI[1]]
-    long = [turn("user", "Hi " * 50), HI[1]]
-    rows = [{"messages": messages} for messages in (HI, fake_end, long)]
-    kept, summary = render(rows, tokenizer, 28)
-    assert len(kept) == 1
-    assert list(summary.dropped) == [
-        "the text holds a special token", "longer than max_length=28 tokens"
-    ]  # fmt: skip
-    assert summary.dropped["longer than max_length=28 tokens"][0].startswith("row 3, 'Hi Hi")
-    with pytest.raises(ValueError, match=r"no row is left(.|\n)*longer than max_length=27"):
-        render(rows[:1], tokenizer, 27)
-
-
-def test_render_over_several_batches(tokenizer):
-    rows = [
-        {"messages": [turn("user", "q"), turn("assistant", f"answer {number}")]}
-        for number in range(600)
-    ]
-    kept, _ = render(rows, tokenizer, 99)
-    assert "answer 599" in tokenizer.decode(kept[599]["input_ids"])
-    assert len(kept) == 600
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"chat_template": None}, "has no chat template"),
-        (
-            {"chat_template": CHATML.replace("{% generation %}", "").replace(
-                "{% endgeneration %}", "")},
-            r"no \{% generation %\} marks",
-        ),
-        (
-            {"chat_template": CHATML.replace(" + '<|im_end|>' }}{% endgeneration %}",
-                                             " }}{% endgeneration %}<|im_end|>")},
-            r"trains 'Hello'.*without an end token",
-        ),
-        ({"pad_token": "<eos>"}, r"pad_token='<eos>' must be set and differ from eos_token"),
-        ({"pad_token": None}, r"pad_token=None must be set"),
-    ],
-)  # fmt: skip
-def test_templates_that_cannot_be_trained_on(tokenizer, change, message):
-    for name, value in change.items():
-        setattr(tokenizer, name, value)
-    with pytest.raises(ValueError, match=message):
-        render([{"messages": HI}], tokenizer, 99)
-
-
-def test_check_chat_template_returns_the_end_of_the_turn(tokenizer):
-    assert check_chat_template(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-
-
-def test_the_project_template_passes(tokenizer):
-    path = Path(__file__).parents[1] / "tokenizer" / "chat_template.jinja"
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
-    assert check_chat_template(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-
-
 @needs_shared
 @pytest.mark.parametrize(
     ("name", "layout", "kept", "dropped"),
@@ -294,3 +187,47 @@ def test_shared_files(name, layout, kept, dropped):
     assert summary.to_dict()["dropped"] == dropped
     assert summary.rows_read == kept + sum(dropped.values())
     split_rows(rows, 0.1)
+
+
+def test_loss_weights_of_turns_and_rows_multiply(write):
+    weighed = [HI[0], {**HI[1], "loss_weight": 0.5}]
+    rows, summary = load_conversations(
+        write(
+            {"messages": weighed},
+            {"messages": weighed, "loss_weight": 3},
+            {"instruction": "Hi", "output": "Hello", "loss_weight": 0.0},
+            {"messages": [{**HI[0], "weight": 0}, {**HI[1], "weight": 1}]},
+        )
+    )
+    assert [row["messages"][1].get("loss_weight") for row in rows] == [0.5, 1.5, 0.0, None]
+    assert not any("loss_weight" in row for row in rows)
+    assert summary.rows_kept == 4
+    for bad in (-1, "1", True, float("nan")):
+        with pytest.raises(ValueError, match="x.jsonl:1: loss_weight must be a number, 0 or more"):
+            load_conversations(write({"messages": [HI[0], {**HI[1], "loss_weight": bad}]}))
+
+
+def test_a_mixture_has_its_shares_and_repeats_nothing(write):
+    def make(name, count):
+        rows = [{"messages": [turn("user", f"{name}{i}"), HI[1]]} for i in range(count)]
+        return write(*rows, name=f"{name}.jsonl")
+
+    large, small = make("large", 90), make("small", 10)
+    rows, summary = load_mixture([f"{large}@3", f"{small}@1"])
+    asked = [row["messages"][0]["content"] for row in rows]
+    assert len(set(asked)) == len(asked) == 40
+    assert sum(text.startswith("large") for text in asked) == 30
+    assert (summary.rows_read, summary.rows_kept) == (100, 40)
+    assert summary.to_dict()["dropped"] == {"more than a share of 75% of the rows": 60}
+    assert load_mixture([f"{large}@3", f"{small}@1"])[0] == rows
+    other = load_mixture([f"{large}@3", f"{small}@1"], seed=1)[0]
+    assert other != rows and len(other) == 40
+    assert len(load_mixture([large, small])[0]) == 100
+
+
+def test_three_way_split():
+    rows = [{"messages": [turn("user", f"q{number}"), HI[1]]} for number in range(2000)]
+    train, validation, test = split_rows(rows, 0.05, 0.1)
+    assert len(train) + len(validation) + len(test) == 2000
+    assert 70 < len(validation) < 130 and 160 < len(test) < 240
+    assert split_rows(rows, 0.05)[1] == validation
