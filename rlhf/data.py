@@ -1,38 +1,37 @@
-"""Rows of any usual layout -> preferences, verifiable tasks, or prompts alone.
+"""Rows of any usual layout -> preferences, or prompts alone.
 
-Bad rows are treated as in `sft/data.py`: a layout that cannot be read is an error with file and
+Bad rows are treated as in `sft/formats.py`: a layout that cannot be read is an error with file and
 line, a content that cannot be used is dropped and counted.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
-from sft.data import (
+from sft.data import DataSummary, load_rows
+from sft.formats import (
     LAYOUTS,
-    DataSummary,
     Layout,
     Messages,
     Refused,
     add_system,
     check_turns,
     find_layout,
-    get_string,
-    load_rows,
     make_message,
     parse_turns,
     read_chat,
     read_instruction,
 )
-from sft.verifiers import VERIFIERS, check_answer, is_number
+from sft.tasks import TASK_LAYOUTS, read_prompt_field
 from tokenizer.corpus import Row, shorten
+
+IDENTICAL = "chosen and rejected are equal"
 
 
 def load_preferences(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataSummary]:
-    """Read pairs as {"prompt": messages, "chosen": [message], "rejected": [message], ...}.
+    """Read pairs as {"prompt": messages, "chosen": [message], "rejected": [message], "source"}.
 
     Chosen and rejected are one turn of the assistant each. Equal ones teach nothing: they are
-    dropped, and `summary.dropped` has their sources.
+    dropped, and `summary.dropped` has their sources. `source` is file and line; other fields stay.
 
     Raises:
         ValueError: a row that cannot be read (file, line, fields found, an example), or none left.
@@ -50,7 +49,7 @@ def read_preference(row: Row, layout: Layout) -> dict[str, Any]:
     prompt = layout.read(row)
     chosen, rejected = (read_answer(row, name, layout) for name in ("chosen", "rejected"))
     if chosen == rejected:
-        raise Refused("chosen and rejected are equal")
+        raise Refused(IDENTICAL)
     shared = count_shared(chosen, rejected)
     if shared and chosen[0]["role"] != "assistant":
         # Whole conversations: the prompt is what both begin with, also where it is given.
@@ -61,7 +60,7 @@ def read_preference(row: Row, layout: Layout) -> dict[str, Any]:
         raise Refused("chosen and rejected differ before the last turn")
     check_turns([*prompt, *chosen], last="assistant")
     check_turns([*prompt, *rejected], last="assistant")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": row.source}
 
 
 def read_answer(row: Row, name: str, layout: Layout) -> Messages:
@@ -88,10 +87,6 @@ def count_shared(chosen: Messages, rejected: Messages) -> int:
     return shared
 
 
-def read_prompt_field(row: Row) -> Messages:
-    return add_system(row, parse_turns(row, "prompt", role="user"))
-
-
 def read_no_prompt(row: Row) -> Messages:
     for name in ("chosen", "rejected"):
         if isinstance(row.value[name], str):
@@ -100,58 +95,6 @@ def read_no_prompt(row: Row) -> Messages:
                 f"nor a \"Human:/Assistant:\" text: {shorten(row.value[name])}; add a 'prompt'"
             )
     return add_system(row, [])
-
-
-def load_tasks(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataSummary]:
-    """Read tasks as {"prompt": messages, "answer", "verifier", "level", "kind", ...}.
-
-    A row without `verifier` gets "number" where its answer is one number, else "exact". `level`
-    is 1 and `kind` the name of the file where they are missing. A list `aliases` beside the
-    verifier "contains" joins the answer, separated by "|". A task whose right answer would
-    not pass its own verifier can never be rewarded: it is dropped and counted.
-
-    Raises:
-        ValueError: a row that cannot be read, an unknown verifier, or no row left.
-    """
-    return load_rows(data_files, lambda row: find_layout(row, TASK_LAYOUTS), read_task)
-
-
-def read_task(row: Row, layout: Layout) -> dict[str, Any]:
-    prompt = layout.read(row)
-    check_turns(prompt, last="user")
-    answer = read_task_answer(row, layout.needs[1])
-    verifier = row.value.get("verifier") or ("number" if is_number(answer) else "exact")
-    if verifier == "contains":
-        answer = "|".join(dict.fromkeys([answer, *(row.value.get("aliases") or [])]))
-    if verifier not in VERIFIERS:
-        raise ValueError(
-            f"{row.source}: verifier={verifier!r} is unknown; choose one of {sorted(VERIFIERS)}"
-        )
-    try:
-        check_answer(answer, verifier)
-    except ValueError:
-        raise Refused(f"the answer does not pass its own verifier {verifier!r}") from None
-    level = row.value.get("level", 1)
-    if not isinstance(level, int) and not str(level).isdecimal():
-        raise ValueError(f"{row.source}: level must be a whole number, it is {level!r}")
-    kind = row.value.get("kind") or Path(row.source.rsplit(":", 1)[0]).name.split(".")[0]
-    return {
-        "prompt": prompt, "answer": answer, "verifier": verifier, "level": int(level), "kind": kind
-    }  # fmt: skip
-
-
-def read_task_answer(row: Row, name: str) -> str:
-    """Return the answer as text; of a GSM8K solution what stands behind "####"."""
-    value = row.value[name]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(
-            f"{row.source}: field {name!r} must be a text or a number, it is {shorten(value)}"
-        )
-    return str(value).rsplit("####", 1)[-1].strip()
-
-
-def read_user(row: Row, name: str) -> Messages:
-    return add_system(row, [make_message("user", get_string(row, name))])
 
 
 def load_prompts(data_files: str | list[str]) -> tuple[list[dict[str, Any]], DataSummary]:
@@ -209,45 +152,6 @@ PREFERENCE_LAYOUTS = [
     ),
     PAIR,
 ]  # fmt: skip
-TASK_LAYOUTS = [
-    Layout(
-        "task (prompt, answer)", ("prompt", "answer"), read_prompt_field,
-        '{"prompt": "17+25=?", "answer": "42", "verifier": "number", "level": 1, "kind": "add"}',
-    ),
-    Layout(
-        "question/answer (GSM8K: the answer ends in ####)", ("question", "answer"),
-        lambda row: read_user(row, "question"), '{"question": "2+2?", "answer": "#### 4"}',
-    ),
-    Layout(
-        "context/continuation", ("context", "continuation"),
-        lambda row: read_user(row, "context"), '{"context": "2+2=", "continuation": "4"}',
-    ),
-    Layout(
-        "two columns without a header (question, answer)", ("column_1", "column_2"),
-        lambda row: read_user(row, "column_1"), "What is 2+2?<TAB>4",
-    ),
-]  # fmt: skip
-
-
-def fit_pairs(
-    rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary
-) -> list[dict]:
-    """Pairs whose two sides fit `max_length` tokens; the others are counted in `summary`.
-
-    TRL's trainers would leave such pairs out (RewardTrainer) or cut them (DPOTrainer) in silence.
-    """
-    kept = []
-    for number, row in enumerate(rows, start=1):
-        sides = [row["prompt"] + row[side] for side in ("chosen", "rejected")]
-        ids = tokenizer.apply_chat_template(sides)["input_ids"]
-        if max(map(len, ids)) > max_length:
-            summary.drop(f"longer than max_length={max_length} tokens", f"pair {number}")
-        else:
-            columns = ("prompt", "chosen", "rejected", "flaw")
-            kept.append({key: row[key] for key in columns if key in row})
-    summary.rows_kept = len(kept)
-    summary.check_kept()
-    return kept
 
 
 def fit_prompts(

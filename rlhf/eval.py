@@ -6,14 +6,18 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import stages
+from pretrain.callbacks import say
 from pretrain.eval import mean_with_interval
+from rlhf.calibration import measure_pairs
+from rlhf.guards import report_falls
+from rlhf.pairs import tokenize_pairs
+from rlhf.reward_model import load_reward_model, score_conversations
 from sft.eval import evaluate_stage
 
 
@@ -33,11 +37,18 @@ def evaluate_policy(
     """
     metrics = evaluate_stage(directory, eval_config)
     answers = read_answers(directory, "chat") if metrics else []
-    if not reward_model or not answers:
-        return metrics
+    if reward_model and answers:
+        metrics |= score_answers(answers, reward_model, reference)
+    if fallen := report_falls(reference, metrics):
+        say(fallen)
+    return metrics
+
+
+def score_answers(answers: list[dict], reward_model: str, reference: str | None) -> dict[str, dict]:
+    """Reward-model scores of answers, and the gain over the reference's to the same prompts."""
     scorer = load_reward_model(reward_model)
     scores = score_conversations(*scorer, [finished_turns(row) for row in answers])
-    metrics["reward_score"] = mean_with_interval(scores, "reward-model score")
+    metrics = {"reward_score": mean_with_interval(scores, "reward-model score")}
     before = read_answers(reference, "chat") if reference else []
     if [row["prompt"] for row in before] == [row["prompt"] for row in answers]:
         base = score_conversations(*scorer, [finished_turns(row) for row in before])
@@ -45,6 +56,54 @@ def evaluate_policy(
         metrics["reward_score/reference"] = mean_with_interval(base, "reward-model score")
         metrics["reward_score/gain"] = mean_with_interval(gains, "reward-model score")
     return metrics
+
+
+def evaluate_implicit_rewards(
+    directory: str, reference: str, pairs: list[dict], beta: float
+) -> dict[str, dict]:
+    """What a policy thinks of held-out pairs: beta x (log-probability - the reference's).
+
+    Both models are read from their directories in full precision: what DPO's log says of a
+    quantised or half-precision training, measured on what was saved.
+
+    Returns:
+        The numbers of `rlhf.calibration`, its accuracy as `implicit_pair_accuracy`, and the mean
+        implicit reward of either side.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenized = tokenize_pairs(pairs, tokenizer)
+    lengths = [(len(c) - len(prompt), len(r) - len(prompt)) for prompt, c, r in tokenized]
+    logps = []
+    for name in (directory, reference):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        logps.append([answer_logps(model, tokenized, side) for side in (1, 2)])
+    chosen, rejected = (
+        [beta * (new - old) for new, old in zip(*sides, strict=True)]
+        for sides in zip(*logps, strict=True)
+    )
+    metrics = measure_pairs(chosen, rejected, lengths, [pair.get("flaw") for pair in pairs])
+    metrics = {k.replace("pair_acc", "implicit_pair_acc"): v for k, v in metrics.items()}
+    metrics["margin"]["unit"] = "implicit reward"
+    metrics["rewards/chosen"] = mean_with_interval(chosen, "implicit reward")
+    metrics["rewards/rejected"] = mean_with_interval(rejected, "implicit reward")
+    return metrics
+
+
+@torch.no_grad()
+def answer_logps(model: Any, tokenized: list[tuple[list[int], ...]], side: int) -> list[float]:
+    """Log-probability of one side's answer, in nats, for each of `rlhf.pairs.tokenize_pairs`.
+
+    One pair at a time: there is no padding that could matter, and no large block of logits.
+    """
+    found = []
+    for pair in tokenized:
+        prompt, ids = pair[0], torch.tensor([pair[side]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        answer = ids[0, len(prompt) :, None]
+        found.append(logits.log_softmax(dim=-1).gather(1, answer).sum().item())
+    return found
 
 
 def read_answers(directory: str, source: str) -> list[dict]:
@@ -59,32 +118,6 @@ def read_answers(directory: str, source: str) -> list[dict]:
 def finished_turns(row: dict) -> list[dict[str, str]]:
     """The prompt's turns and the answer."""
     return [*row["prompt"], {"role": "assistant", "content": row["answer"]}]
-
-
-def load_reward_model(directory: str) -> tuple[Any, Any]:
-    """A reward model and its tokenizer."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(directory)
-
-
-@torch.no_grad()
-def score_conversations(
-    model: Any, tokenizer: Any, conversations: Sequence[list[dict]], batch_size: int = 64
-) -> list[float]:
-    """The reward model's score of each whole conversation, in their order."""
-    scores = []
-    for start in range(0, len(conversations), batch_size):
-        batch = tokenizer.apply_chat_template(
-            list(conversations[start : start + batch_size]),
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-            tokenizer_kwargs={"padding_side": "right"},
-        ).to(model.device)
-        scores += model(**batch).logits[:, 0].float().tolist()
-    return scores
 
 
 def main(args: argparse.Namespace) -> None:

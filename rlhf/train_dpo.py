@@ -10,7 +10,9 @@ Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, e
         --deepspeed configs/deepspeed/zero2.json
 """
 
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig
@@ -18,10 +20,10 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 import stages
 from pretrain.callbacks import watch
 from pretrain.checkpoints import train_or_resume
-from pretrain.eval import share_with_interval
 from pretrain.hardware import set_up_process, training_defaults
-from rlhf.eval import evaluate_policy
-from rlhf.train_reward import load_pairs
+from rlhf.eval import evaluate_implicit_rewards, evaluate_policy
+from rlhf.guards import watch_guards
+from rlhf.pairs import check_shared_prompts, load_pairs, share_on_disk
 from sft.model import complete_head, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
@@ -34,6 +36,9 @@ class DPOArguments:
     test_files: list[str] = field(default_factory=list, metadata={"help": "held-out pairs"})
     validation_share: float = field(
         default=0.1, metadata={"help": "held out of data_files where there are no test_files"}
+    )
+    allow_dropped_pairs: bool = field(
+        default=False, metadata={"help": "go on where more than 5 % of the pairs are dropped"}
     )
     reward_model: str | None = field(default=None, metadata={"help": "judges the answers"})
     eval_config: str | None = field(default=None, metadata={"help": "YAML of sft.eval"})
@@ -56,30 +61,40 @@ def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) 
     )
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base)
-    train, test, summary = load_pairs(args, tokenizer, training_args.max_length)
+    train, test, data = load_pairs(args, tokenizer, training_args.max_length)
+    check_shared_prompts(list(train) + list(test), tokenizer)
+    shared = Path(training_args.output_dir, "pairs")
     trainer = DPOTrainer(
         model=load_model(model_args, tokenizer),
         args=training_args,
-        train_dataset=train,
-        eval_dataset=test,
+        train_dataset=share_on_disk(train, shared / "train"),
+        eval_dataset=share_on_disk(test, shared / "test"),
         processing_class=tokenizer,
         peft_config=make_lora_config(model_args, tokenizer),
     )
     complete_head(trainer.model)
-    watch(trainer)
+    watch(trainer, *watch_guards(trainer, args.eval_config, run))
+    explain_logs()
     train_or_resume(trainer, run)
-    accuracy = trainer.evaluate()["eval_rewards/accuracies"]
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():
-        right = round(accuracy * len(test))
-        hits = [True] * right + [False] * (len(test) - right)
-        metrics = {"implicit_pair_accuracy": share_with_interval(hits)}
-        metrics |= evaluate_policy(
-            training_args.output_dir, args.eval_config, args.reward_model, base
+        shutil.rmtree(shared)
+        output, beta = training_args.output_dir, training_args.beta
+        metrics = evaluate_implicit_rewards(output, base, list(test), beta)
+        metrics |= evaluate_policy(output, args.eval_config, args.reward_model, base)
+        run.finish(metrics, data=data, **parity)
+
+
+def explain_logs() -> None:
+    """Say once what the logged numbers mean."""
+    if stages.is_main_process():
+        print(
+            "logged   logps: log-probability of a whole answer, nats; rewards: beta x (logps - the "
+            "start's logps); margin: chosen - rejected reward; accuracies: share with margin > 0"
         )
-        run.finish(metrics, data=summary.to_dict(), **parity)
 
 
 if __name__ == "__main__":
     classes = [DPOArguments, DPOConfig, ModelConfig]
-    main(*stages.parse_args(classes, defaults=training_defaults()))
+    defaults = training_defaults() | {"precompute_ref_log_probs": True}  # one model in memory
+    main(*stages.parse_args(classes, defaults=defaults))

@@ -1,7 +1,8 @@
 """Train a reward model on preference pairs (Bradley-Terry).
 
 Reads   a chat model's directory, pairs (`data_files`)
-Writes  a sequence classifier with one label; metrics.jsonl, eval.json, run.json
+Writes  a sequence classifier with one label (LoRA merged, the adapter under adapter/);
+        metrics.jsonl, curves.png, margins.png, eval.json, run.json
 
     python -m rlhf.train_reward --config configs/tiny/reward.yaml
     accelerate launch --config_file configs/launch/cpu.yaml \
@@ -10,25 +11,30 @@ Writes  a sequence classifier with one label; metrics.jsonl, eval.json, run.json
         --deepspeed configs/deepspeed/zero2.json
 """
 
-from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import torch
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 import stages
 from pretrain.callbacks import watch
 from pretrain.checkpoints import save_model, train_or_resume
-from pretrain.eval import mean_with_interval, share_with_interval
-from pretrain.hardware import choose_attention, set_up_process, training_defaults
+from pretrain.eval import mean_with_interval
+from pretrain.hardware import set_up_process, training_defaults
 from pretrain.optimizer import make_optimizer
-from rlhf.data import fit_pairs, load_preferences
-from rlhf.eval import finished_turns, load_reward_model, read_answers, score_conversations
-from sft.data import DataSummary, split_rows
-from sft.model import check_vocabulary
-from sft.train import load_chat_tokenizer
+from rlhf.calibration import draw_pairs, measure_pairs
+from rlhf.eval import finished_turns, read_answers
+from rlhf.pairs import load_pairs
+from rlhf.reward_model import (
+    load_reward_model,
+    make_reward_lora,
+    make_reward_model,
+    merge_reward_adapter,
+    score_conversations,
+)
+from sft.model import restore_precision
+from sft.train import load_chat_tokenizer, save_merged
 
 
 @dataclass
@@ -39,6 +45,9 @@ class RewardArguments:
     test_files: list[str] = field(default_factory=list, metadata={"help": "held-out pairs"})
     validation_share: float = field(
         default=0.1, metadata={"help": "held out of data_files where there are no test_files"}
+    )
+    allow_dropped_pairs: bool = field(
+        default=False, metadata={"help": "go on where more than 5 % of the pairs are dropped"}
     )
     use_muon: bool = field(default=False, metadata={"help": "Muon for matrices"})
 
@@ -55,72 +64,74 @@ def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelCo
         args.data_files + args.test_files,
     )
     set_seed(training_args.seed)
-    tokenizer = load_chat_tokenizer(base)
-    train, test, summary = load_pairs(args, tokenizer, training_args.max_length)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=torch.float32,
-        attn_implementation=model_args.attn_implementation or choose_attention(),
-    )
-    check_vocabulary(model, tokenizer)
+    tokenizer = load_chat_tokenizer(base, training_args.chat_template_path)
+    training_args.chat_template_path = None  # it is in the tokenizer now
+    train, test, data = load_pairs(args, tokenizer, training_args.max_length)
     trainer = RewardTrainer(
-        model=model,
+        model=make_reward_model(model_args, tokenizer),
         args=training_args,
         train_dataset=train,
+        eval_dataset=test,
         processing_class=tokenizer,
+        peft_config=make_reward_lora(model_args, tokenizer),
     )
+    restore_precision(trainer.model)
     if args.use_muon:
         rate, decay = training_args.learning_rate, training_args.weight_decay
         trainer.optimizer = make_optimizer("muon", trainer.model, rate, decay)
     watch(trainer)
+    explain_logs()
     train_or_resume(trainer, run)
-    save_model(trainer)
+    parity = save_reward_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():
         metrics = evaluate_reward_model(training_args.output_dir, list(test))
         metrics |= score_reference(training_args.output_dir, base)
-        run.finish(metrics, data=summary.to_dict())
+        run.finish(metrics, data=data, **parity)
 
 
-def load_pairs(args, tokenizer, max_length: int):
-    """Train and test datasets of pairs, and the summary of what was read and dropped.
-
-    Args:
-        args: has `data_files`, `test_files` and `validation_share`.
-        max_length: tokens; longer pairs are dropped and counted.
-    """
-    train, summary = load_preferences(args.data_files)
-    if args.test_files:
-        test, _ = load_preferences(args.test_files)
-    else:
-        train, test = split_rows(train, args.validation_share)
-    train = fit_pairs(train, tokenizer, max_length, summary)
-    test = fit_pairs(test, tokenizer, max_length, DataSummary())
+def explain_logs() -> None:
+    """Say once what the logged numbers mean."""
     if stages.is_main_process():
-        print(summary)
-    return Dataset.from_list(train), Dataset.from_list(test), summary
+        print(
+            "logged   loss: -log sigmoid(margin), 0.693 is chance; accuracy: share of pairs with "
+            "the chosen answer above the rejected; margin: chosen score - rejected score"
+        )
+
+
+def save_reward_model(trainer, tokenizer, base) -> dict[str, float]:
+    """Save a plain sequence classifier at the output's root; with LoRA merged, the adapter beside.
+
+    Returns:
+        What the merge changed; nothing where there was none.
+    """
+    if not hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
+        save_model(trainer)
+        return {}
+    adapter = Path(trainer.args.output_dir, "adapter")
+    save_model(trainer, adapter)
+    if not trainer.is_world_process_zero():
+        return {}
+    merged, parity = merge_reward_adapter(base, adapter, tokenizer)
+    save_merged(merged, tokenizer, adapter.parent)
+    return parity
 
 
 def evaluate_reward_model(directory: str, pairs: list[dict]) -> dict[str, dict]:
-    """Share of held-out pairs in the right order, and the mean margin chosen - rejected.
-
-    The share also by `flaw`, where the pairs say what is bad about the rejected answer.
-    """
-    scorer = load_reward_model(directory)
+    """Everything of `rlhf.calibration` on held-out pairs, and its picture margins.png."""
+    model, tokenizer = load_reward_model(directory)
+    sides = ("chosen", "rejected")
     chosen, rejected = (
-        score_conversations(*scorer, [pair["prompt"] + pair[side] for pair in pairs])
-        for side in ("chosen", "rejected")
+        score_conversations(model, tokenizer, [pair["prompt"] + pair[side] for pair in pairs])
+        for side in sides
     )
-    margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
-    by_flaw = defaultdict(list)
-    for pair, margin in zip(pairs, margins, strict=True):
-        if pair.get("flaw"):
-            by_flaw[f"pair_accuracy/{pair['flaw']}"].append(margin > 0)
-    return {
-        "pair_accuracy": share_with_interval(margin > 0 for margin in margins),
-        "margin": mean_with_interval(margins, "reward-model score"),
-    } | {name: share_with_interval(hits) for name, hits in sorted(by_flaw.items())}
+    lengths = [
+        tuple(len(tokenizer(pair[side][0]["content"])["input_ids"]) for side in sides)
+        for pair in pairs
+    ]
+    metrics = measure_pairs(chosen, rejected, lengths, [pair.get("flaw") for pair in pairs])
+    answers = [length for length, _ in lengths] + [length for _, length in lengths]
+    draw_pairs(directory, metrics, [*chosen, *rejected], answers)
+    return metrics
 
 
 def score_reference(directory: str, base) -> dict[str, dict]:
