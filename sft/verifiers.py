@@ -3,8 +3,16 @@
 The reward of GRPO and PPO and the accuracy of the evaluation are both this one function.
 """
 
+import json
+import logging
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import lru_cache
+from typing import Any
 
 # Full-width forms (U+FF01 to U+FF5E) stand for ASCII. NFKC would do more harm than good: it turns
 # 5² into 52.
@@ -35,6 +43,25 @@ YES = (
 )
 VERDICT = re.compile(f"(?P<hedge>{HEDGE})|(?P<no>{NO})|(?P<yes>{YES})", re.IGNORECASE)
 
+# pandoc's rule for formulas in $: "$5 and $10" is money.
+FORMULA = re.compile(
+    r"\$\$?(?!\s)([^$]+?)(?<!\s)\$\$?(?![0-9])|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
+LONGEST_FORMULA = 200
+# Powers of powers and large factorials have more digits than the machine has memory.
+TOO_LARGE = re.compile(
+    r"\^\s*\{[^{}]*[\^!]|\^\s*\w\s*\^|\^[\s{(]*-?[0-9]{4}|[0-9]{4}\s*\)?!|!\s*\)*!"
+)
+
+LETTER = r"(?<![A-Za-z0-9])\(?([A-J])\)?(?![A-Za-z0-9'])"
+CHOICES = [  # the first pattern that is found decides, by its last match
+    rf"(?:####\s*|\\boxed\{{\s*(?:\\text\s*\{{)?\s*){LETTER}",
+    rf"(?:(?i:answer|choice|option)|答案|选项|选择?)[\s*:：]*(?:(?i:is)|是|为|应该?[选是为])?[\s*:：]*{LETTER}",
+    rf"^[\s*]*{LETTER}(?=[\s*]*(?:[.:,;、。：]|$|\n))|{LETTER}\s*(?:is|是)\s*(?:right|correct|the|对|正确)",
+]
+ALONE = re.compile(rf"{LETTER}(?![ ]+[a-z])")  # "A dog" begins with an article
+OTHER_LETTER = re.compile(r"\s*(?:/|,|、|or|and|或者?|和|与|还是)\s*\(?[A-J](?![A-Za-z])")
+
 ITEM = r"-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 COMMA = r"\s*[,，、]\s*(?:and\s+|和\s*)?"
 SEQUENCE = re.compile(rf"(?<![A-Za-z0-9_.]){ITEM}(?:{COMMA}{ITEM})+")
@@ -49,6 +76,12 @@ def verify(completion: str, answer: str, verifier: str) -> bool:
         verifier: "number": the number after "####", else in the last \\boxed{}, else the last one
             of the text equals the answer (1,000 = 1000.0; 3/4 = 0.75; a % sign is not read).
             "yes_no": the first yes or no word, English or Chinese; "yes or no" decides nothing.
+            "math": the expression behind the last "####", in the last \\boxed{} or in the last
+            $...$ equals the answer (math-verify); without such a mark, the last number does.
+            "choice": the letter A to J that is marked, called the answer, put in front, or the only
+            one; "A or B" decides nothing.
+            "json": the text, or its one ``` block, is JSON and equals the answer, key by key;
+            1 = 1.0, the order of keys does not matter.
             "sequence": the last run of numbers with commas between equals the answer, in order.
             "exact": equal but for outer white space and one final full stop.
             "contains": the answer, or one of several separated by "|", occurs; case does not
@@ -107,6 +140,161 @@ def parse_number(match: re.Match | None) -> Fraction | None:
             return None
         value /= bottom
     return -value if match["sign"] else value
+
+
+def verify_math(completion: str, answer: str) -> bool:
+    """The marked expression equals the answer: 1/2 is 0.5 and \\frac{\\sqrt{4}}{4}."""
+    answer = find_expression(answer) or answer
+    expected = parse_number(NUMBER.fullmatch(plain_number(answer)))
+    if expected is None and not parse_formula(answer):
+        raise ValueError(f"answer {answer!r} is no expression; write LaTeX, as in \\frac{{1}}{{2}}")
+    found = find_expression(completion)
+    if found is None:
+        return expected is not None and find_number(completion) == expected
+    value = parse_number(NUMBER.fullmatch(plain_number(found)))
+    if None not in (value, expected):
+        return value == expected
+    return same_formula(parse_formula(answer), parse_formula(found))
+
+
+def find_expression(text: str) -> str | None:
+    """Return what is marked by "####", \\boxed{} or, last of all, $...$; None without a mark."""
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip().partition("\n")[0].strip(" $.。")
+    if (start := text.rfind("\\boxed{")) >= 0:
+        depth, start = 1, start + len("\\boxed{")
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if not depth:
+                return text[start:end].strip()
+        return ""  # cut off: nothing that could be right
+    formulas = FORMULA.findall(text)
+    return next(filter(None, formulas[-1])).strip() if formulas else None
+
+
+def plain_number(text: str) -> str:
+    """A formula in the form that `NUMBER` reads: without \\frac, thin spaces, $ and %."""
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text.translate(TO_ASCII))
+    return text.replace("{,}", ",").replace("\\!", "").strip().strip("$").rstrip("\\% ")
+
+
+@lru_cache(maxsize=4096)
+def parse_formula(text: str) -> tuple:
+    """What math-verify makes of LaTeX; nothing where it cannot read it, or should not try.
+
+    Only its LaTeX grammar reads the text. Its reader of plain expressions is sympy's `parse_expr`,
+    which evaluates Python, and is given no more of what a model wrote than a token of digits.
+    """
+    if not text or len(text) > LONGEST_FORMULA or TOO_LARGE.search(text):
+        return ()
+    from math_verify import LatexExtractionConfig, parse
+
+    with limited_time():
+        config = [LatexExtractionConfig()]
+        return tuple(parse(f"\\boxed{{{text}}}", config, "no_fallback", parsing_timeout=None))
+    return ()
+
+
+def same_formula(expected: tuple, found: tuple) -> bool:
+    """Whether two parsed formulas are equal, in the order of math-verify: the right one first."""
+    if not expected or not found:
+        return False
+    from math_verify import verify as equal
+
+    with limited_time():
+        return equal(list(expected), list(found), timeout_seconds=None)
+    return False
+
+
+@contextmanager
+def limited_time(seconds: float = 5.0) -> Iterator[None]:
+    """Leave the block after so many seconds of this process's own computing.
+
+    math-verify has a limit too, but of time on the clock: on a busy machine right answers would
+    be wrong. Only the main thread can set a limit, and only where there is such a signal.
+    """
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # warns that its limit is off
+    in_main = threading.current_thread() is threading.main_thread()
+    if not (in_main and hasattr(signal, "ITIMER_VIRTUAL")):
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.5)  # again: it may be caught further in
+    try:
+        yield
+    except TimeoutError:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def verify_choice(completion: str, answer: str) -> bool:
+    """The letter of the completion is the answer's."""
+    expected = find_choice(answer)
+    if expected is None:
+        raise ValueError(f"answer {answer!r} is no choice; write one letter from A to J")
+    return find_choice(completion) == expected
+
+
+def find_choice(text: str) -> str | None:
+    """Return the letter that a text chooses; None where it chooses none or several."""
+    text = text.translate(TO_ASCII)
+    for pattern in CHOICES:
+        if matches := list(re.finditer(pattern, text)):
+            hedges = OTHER_LETTER.match(text, matches[-1].end())
+            return None if hedges else next(filter(None, matches[-1].groups()))
+    letters = set(ALONE.findall(text))
+    return letters.pop() if len(letters) == 1 else None
+
+
+def verify_json(completion: str, answer: str) -> bool:
+    """The completion is the JSON value of the answer."""
+    expected = find_json(answer)
+    if not expected:
+        raise ValueError(f"answer {answer!r} is no JSON")
+    found = find_json(completion)
+    return bool(found) and same_json(expected[0], found[0])
+
+
+def find_json(text: str) -> list:
+    """Return [value] of a text that is JSON, alone or in its only ``` block; [] of any other.
+
+    What JSON does not have (NaN, a key twice) is not accepted.
+    """
+    blocks = re.findall(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
+    try:
+        value = json.loads(
+            blocks[0] if len(blocks) == 1 else text,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique_keys,
+        )
+    except (ValueError, RecursionError):  # digits and depth beyond what Python reads, too
+        return []
+    return [value]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return dict(pairs)
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Equal values; true is not 1, as it is in Python."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same_json, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
 def verify_yes_no(completion: str, answer: str) -> bool:
@@ -170,8 +358,11 @@ def find_alias(alias: str, text: str) -> bool:
 
 
 VERIFIERS = {
+    "choice": verify_choice,
     "contains": verify_contains,
     "exact": verify_exact,
+    "json": verify_json,
+    "math": verify_math,
     "number": verify_number,
     "sequence": verify_sequence,
     "yes_no": verify_yes_no,

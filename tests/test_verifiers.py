@@ -1,8 +1,20 @@
 """The verifiers on the answers that a careless one gets wrong."""
 
+import builtins
+import re
+import signal
+import time
+
 import pytest
 
-from sft.verifiers import VERIFIERS, check_answer, is_number, verify
+from sft.verifiers import (
+    VERIFIERS,
+    check_answer,
+    is_number,
+    limited_time,
+    parse_formula,
+    verify,
+)
 
 CASES = [
     # number: the last one of the text, as a value
@@ -91,6 +103,80 @@ CASES = [
     ("sequence", "100,200", "100200, 1", False),
     ("sequence", "11, 2", "1, 2", False),
     ("sequence", "1 2 3", "1, 2, 3", False),
+    # math: the marked expression, by value
+    ("math", r"So \boxed{\frac{1}{2}}.", "0.5", True),
+    ("math", r"\boxed{0.5}", r"\frac{1}{2}", True),
+    ("math", r"\boxed{\dfrac{3}{4}}", r"$\frac{6}{8}$", True),
+    ("math", "#### 1,234", "1234", True),
+    ("math", r"\boxed{1{,}234}", "1234", True),
+    ("math", "She pays $18", "18", True),
+    ("math", "$5 for one and $10 for two: $15", "15", True),
+    ("math", "$5 for one and $10 for two: $15", "5", False),
+    ("math", r"first $\frac{1}{3}$, then $\frac{1}{2}$", "1/3", False),
+    ("math", r"$\frac{1}{3}$ in 7 steps", "1/3", True),
+    ("math", r"\boxed{\sqrt{8}}", r"2\sqrt{2}", True),
+    ("math", r"\boxed{2\sqrt{2}}", r"2\sqrt{3}", False),
+    ("math", r"\boxed{(x+1)^2}", "x^2+2x+1", True),
+    ("math", r"\boxed{x^2+1}", "x^2+2x+1", False),
+    ("math", r"\boxed{x = 4}", "4", True),
+    ("math", r"\boxed{\frac{\pi}{2}}", r"\pi/2", True),
+    ("math", r"\boxed{\{3, 1, 2\}}", r"\{1, 2, 3\}", True),
+    ("math", r"\boxed{(1, 2)}", "(2, 1)", False),
+    ("math", r"\boxed{[0, 1)}", "[0, 1)", True),
+    ("math", r"\boxed{[0, 1]}", "[0, 1)", False),
+    ("math", r"\boxed{1} and then \boxed{2}", "1", False),
+    ("math", r"\boxed{\frac{1}{2", "0.5", False),
+    ("math", r"\boxed{}", "0.5", False),
+    ("math", "The answer is x", "x^2", False),
+    ("math", r"\boxed{9^{9^{9^{9}}}}", r"\sqrt{2}", False),
+    ("math", r"\boxed{99999!}", r"\sqrt{2}", False),
+    ("math", r"\boxed{" + "9+" * 4000 + "9}", r"\sqrt{2}", False),
+    ("math", r"\boxed{__import__('os').system('exit 1')}", "0", False),
+    # choice: the letter
+    ("choice", "B", "B", True),
+    ("choice", "(B)", "B", True),
+    ("choice", "B. Paris", "B", True),
+    ("choice", "**B**", "B", True),
+    ("choice", "b", "B", False),
+    ("choice", "The answer is (C).", "C", True),
+    ("choice", "The correct option is: D", "D", True),
+    ("choice", "A is wrong, so the answer is B.", "B", True),
+    ("choice", "Answer: A. Not answer: B", "A", False),
+    ("choice", r"\boxed{\text{C}}", "C", True),
+    ("choice", "I choose #### D", "D", True),
+    ("choice", "A dog runs", "A", False),
+    ("choice", "A good answer is B", "B", True),
+    ("choice", "It must be B.", "B", True),
+    ("choice", "A or B", "A", False),
+    ("choice", "The answer is A or B", "A", False),
+    ("choice", "B, C", "C", False),
+    ("choice", "答案是B。", "B", True),
+    ("choice", "选Ｃ", "C", True),
+    ("choice", "答案：（D）", "D", True),
+    ("choice", "A和B都对", "A", False),
+    ("choice", "C是对的", "C", True),
+    ("choice", "Bob", "B", False),
+    ("choice", "BC", "B", False),
+    ("choice", "A B C D", "A", False),
+    ("choice", "", "A", False),
+    # json: the same value
+    ("json", '{"a": 1, "b": [true, null]}', '{"b": [true, null], "a": 1.0}', True),
+    ("json", '```json\n{"a": 1}\n```', '{"a": 1}', True),
+    ("json", 'Here:\n```\n{"a": 1}\n```\nDone.', '{"a": 1}', True),
+    ("json", 'Here it is: {"a": 1}', '{"a": 1}', False),
+    ("json", '{"a": 1} {"a": 1}', '{"a": 1}', False),
+    ("json", "{'a': 1}", '{"a": 1}', False),
+    ("json", '{"a": 1,}', '{"a": 1}', False),
+    ("json", '{"a": 2, "a": 1}', '{"a": 1}', False),
+    ("json", '{"a": true}', '{"a": 1}', False),
+    ("json", '{"a": "1"}', '{"a": 1}', False),
+    ("json", '{"a": 1, "b": 2}', '{"a": 1}', False),
+    ("json", "[2, 1]", "[1, 2]", False),
+    ("json", "[1, 2]", "[1, 2]", True),
+    ("json", "NaN", "0", False),
+    ("json", "[" * 100_000, "[]", False),
+    ("json", "9" * 5000, "9", False),
+    ("json", "null", "0", False),
     # exact: but for outer space and one final full stop
     ("exact", " Paris.\n", "Paris", True),
     ("exact", "巴黎。", "巴黎", True),
@@ -127,7 +213,7 @@ def test_the_table_is_large_and_covers_every_verifier():
 
 
 def test_unknown_verifier_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'numbr'.*contains.*exact.*number.*sequence.*yes_no"):
+    with pytest.raises(ValueError, match=r"'numbr'.*choice.*contains.*exact.*json.*math.*number"):
         verify("7", "7", "numbr")
 
 
@@ -138,6 +224,9 @@ def test_unknown_verifier_names_the_known_ones():
         ("yes_no", "maybe", "no yes or no"),
         ("sequence", "7", "no sequence"),
         ("contains", "Paris|", "empty alias"),
+        ("math", "", "no expression"),
+        ("choice", "Z", "no choice"),
+        ("json", "{a: 1}", "no JSON"),
     ],
 )
 def test_impossible_answer(verifier, answer, message):
@@ -150,6 +239,45 @@ def test_check_answer_catches_what_can_never_be_right():
     check_answer("巴黎|Paris", "contains")
     with pytest.raises(ValueError, match="no sequence"):
         check_answer("abc", "sequence")
+
+
+def test_of_what_a_model_wrote_only_digits_are_evaluated(monkeypatch):
+    """sympy reads a number token of the LaTeX grammar by evaluating "Integer (12 )": no more."""
+    verify(r"\boxed{\sqrt{8}x}", r"2\sqrt{2}", "math")  # what is imported evaluates, too
+    sources, evaluate = [], builtins.eval
+
+    def record(code, *args):
+        sources.append(code)
+        return evaluate(code, *args)
+
+    monkeypatch.setattr("sympy.parsing.sympy_parser.eval", record, raising=False)
+    parse_formula.cache_clear()
+    for text in (
+        "__import__('os').abort()", r"\text{abort()}", "abort()", "x.__class__", "1+1", "f(x)",
+        r"\mathrm{os.abort}(1)", "'abort'", r"\{abort, 1\}", r"lambda: 0", r"\sqrt{abort}", "1.5e9",
+    ):  # fmt: skip
+        verify(rf"\boxed{{{text}}}", r"2\sqrt{2}", "math")
+    assert sources and all(
+        re.fullmatch(r"(Integer|Float|Rational) \('?[0-9., ]+'? *\)", source) for source in sources
+    ), sources
+
+
+def test_a_formula_that_takes_long_is_wrong_and_not_waited_for():
+    nested = r"\boxed{((((9^{999})^{999})^{999})^{999})^{999}}"
+    began = time.process_time()
+    assert verify(nested, r"\sqrt{2}", "math") is False
+    assert time.process_time() - began < 60  # the limit is 5 s of computing; without it, hours
+
+
+def test_a_time_limit_is_of_computing_and_ends():
+    with limited_time(0.05):
+        while True:
+            pass
+    time.sleep(0.01)
+    with limited_time(0.5):
+        time.sleep(0.6)  # waiting is no computing
+        finished = True
+    assert finished and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
 
 
 def test_is_number():
