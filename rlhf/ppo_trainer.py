@@ -1,7 +1,7 @@
 """PPO on today's TRL: the rollouts of `GRPOTrainer`, with a critic instead of the group baseline.
 
 One round (Schulman et al. 2017, arXiv:1707.06347; on text: Ziegler et al. 2019, arXiv:1909.08593):
-    1. the policy answers a batch of prompts                       TRL
+    1. the policy answers a batch of prompts                       `FastRollouts`
     2. reward functions or reward models score the answers         TRL
     3. score and distance to the reference -> a reward a token     `compute_rewards`
     4. with the critic's values -> advantages and returns          `compute_gae`
@@ -12,144 +12,27 @@ on the tokens that the policy wrote, the end token included, and 0 on padding.
 """
 
 import os
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
 
-# What GRPO offers and PPO cannot honour: the only accepted value, and what to do instead.
-_CLIP = "PPO clips token by token, with epsilon and epsilon_high"
-_SAMPLE = "ratio and KL need the probabilities that were sampled from; use temperature"
-FIXED_SETTINGS = {
-    "loss_type": ("dapo", "PPO averages its loss over the tokens of the batch, as 'dapo' does"),
-    "importance_sampling_level": ("token", _CLIP), "delta": (None, _CLIP),
-    "off_policy_mask_threshold": (None, _CLIP), "repetition_penalty": (1.0, _SAMPLE),
-    "scale_rewards": ("none", "PPO has no group to scale by; see whiten_advantages"),
-    "multi_objective_aggregation": ("sum_then_normalize", "PPO adds up; see reward_weights"),
-    "top_entropy_quantile": (1.0, "PPO trains on every token"), "top_k": (0, _SAMPLE),
-    "use_adaptive_entropy": (False, "use a fixed entropy_coef"), "top_p": (1.0, _SAMPLE),
-    "use_bias_correction_kl": (True, "PPO's KL is part of the reward, not of the loss"),
-    "mask_truncated_completions": (False, "use missing_eos_penalty"), "min_p": (None, _SAMPLE),
-    "disable_dropout": (True, "with dropout the ratio is not 1 on the first pass"),
-}
-
-
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class PPOConfig(GRPOConfig):
-    """`GRPOConfig` and PPO's own settings, named as in TRL's former `PPOConfig`. Inherited:
-    `beta` is the KL coefficient (formerly `kl_coef`), `epsilon` the clip range of the policy,
-    `num_iterations` the PPO epochs over a rollout of `generation_batch_size` answers (even), and
-    `steps_per_generation / gradient_accumulation_steps` the number of its minibatches.
-    """
-
-    vf_coef: float = _setting(0.1, "Weight of the value loss.")
-    cliprange_value: float = _setting(0.2, "How far a value may move from that of the rollout.")
-    gamma: float = _setting(1.0, "Discount factor, a token.")
-    lam: float = _setting(0.95, "Lambda of the generalised advantage estimation.")
-    kl_target: float | None = _setting(None, "Adapt the coefficient to this KL (nats an answer).")
-    missing_eos_penalty: float | None = _setting(None, "Taken off an answer without its end.")
-    whiten_advantages: bool = _setting(True, "Bring a rollout's advantages to mean 0, variance 1.")
-    value_learning_rate: float | None = _setting(None, "Of the critic; None: the policy's.")
-    beta: float = _setting(0.05, "KL coefficient of the reward; the first one, with kl_target.")
-    num_iterations: int = _setting(4, "PPO epochs over a rollout.")
-    num_generations: int = _setting(1, "Answers sampled for a prompt: independent of each other.")
-    scale_rewards: str = _setting("none", "Has to be 'none'.")
-    disable_dropout: bool = _setting(True, "Has to be True.")
-
-    def __post_init__(self):
-        wanted, self.num_generations = self.num_generations, max(self.num_generations, 2)
-        super().__post_init__()  # refuses 1 answer a prompt, as no group; a critic needs none
-        self.num_generations = wanted
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # each step trains all of both models
-        for name, (accepted, advice) in FIXED_SETTINGS.items():
-            if getattr(self, name) != accepted:
-                raise ValueError(f"PPO cannot use {name}={getattr(self, name)!r}: {advice}. "
-                                 f"Remove the setting or set it to {accepted!r}.")
-        inf = float("inf")  # beta > 0, because without it TRL loads no reference to stay close to
-        for low, names, high in ((1e-8, "beta kl_target cliprange_value", inf),
-                                 (0.0, "vf_coef missing_eos_penalty", inf), (0.0, "gamma lam", 1.0),
-                                 (1, "num_generations num_iterations", inf)):
-            for name in names.split():
-                if (value := getattr(self, name)) is not None and not low <= value <= high:
-                    raise ValueError(f"PPO needs {low} <= {name} <= {high}, got {value}.")
-
-
-def masked_mean_var(x, mask, reduce=lambda t: t) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and population variance of `x` where `mask` is 1; `reduce` adds up over processes."""
-    total, count = reduce(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))
-    mean = total / count.clamp(min=1)
-    return mean, reduce(((x - mean) ** 2 * mask).sum()) / count.clamp(min=1)
-
-
-def masked_whiten(x, mask, reduce=lambda t: t) -> torch.Tensor:
-    """`x` (B, T) shifted and scaled to mean 0 and variance 1 under `mask`, and 0 outside of it."""
-    mean, var = masked_mean_var(x, mask, reduce)
-    return (x - mean) * torch.rsqrt(var + 1e-8) * mask
-
-
-def explained_variance(values, returns, mask, reduce=lambda t: t) -> torch.Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant one."""
-    variances = [masked_mean_var(x, mask, reduce)[1] for x in (returns - values, returns)]
-    return 1 - variances[0] / variances[1].clamp(min=1e-8)
-
-
-def ends_with_eos(completion_ids, mask, eos_token_ids: list[int]) -> torch.Tensor:
-    """Whether the last real token of each answer (B, T) is an end token, (B,) bool."""
-    last_ids = completion_ids.gather(1, mask.sum(dim=1, keepdim=True).long() - 1).squeeze(1)
-    return torch.isin(last_ids, torch.tensor(eos_token_ids, device=last_ids.device))
-
-
-def compute_rewards(scores, kl, mask, kl_coef: float) -> torch.Tensor:
-    """The reward of each token (B, T), Ziegler et al. 2019, eq. 2: every token pays `kl_coef` times
-    its `kl` (B, T), log pi_old - log pi_ref; the last real one earns the answer's score (B,)."""
-    last = mask.sum(dim=1, keepdim=True).long() - 1
-    return (-kl_coef * kl * mask).scatter_add(1, last, scores.to(kl.dtype).unsqueeze(1))
-
-
-def compute_gae(rewards, values, mask, gamma: float, lam: float):
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438).
-
-        delta_t = r_t + gamma * V_{t+1} - V_t        A_t = delta_t + gamma * lam * A_{t+1}
-
-    All (B, T), `values[:, t]` from before token t is written. Beyond the last real token value and
-    advantage are 0. Returns advantages and returns (advantages + values, the critic's target).
-    """
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]
-        next_value = values[:, t] * mask[:, t]
-        advantages[:, t] = next_advantage
-    return advantages, (advantages + values) * mask
-
-
-def policy_loss(logps, old_logps, advantages, low: float, high: float):
-    """Clipped surrogate (Schulman et al. 2017, eq. 7): loss, ratio, clipped or not, each (B, T)."""
-    ratio = torch.exp(logps - old_logps)
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
-    return torch.max(unclipped, clipped), ratio, clipped > unclipped
-
-
-def value_loss(values, old_values, returns, cliprange: float):
-    """Half the squared error, of the value kept near the old one if worse; and whether it was."""
-    near_old = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    error, clipped_error = (values - returns) ** 2, (near_old - returns) ** 2
-    return 0.5 * torch.max(error, clipped_error), clipped_error > error
-
-
-def update_kl_coef(kl_coef: float, kl: float, target: float) -> float:
-    """The proportional controller of Ziegler et al. 2019, section 2.2; KL in nats an answer."""
-    return kl_coef * (1 + 0.1 * max(-0.2, min(0.2, kl / target - 1)))
+from rlhf.ppo_config import PPOConfig
+from rlhf.ppo_math import (
+    compute_gae,
+    compute_rewards,
+    ends_with_eos,
+    explained_variance,
+    masked_mean_var,
+    masked_whiten,
+    policy_loss,
+    update_kl_coef,
+    value_loss,
+)
+from rlhf.rollouts import FastRollouts
 
 
 def backbone_inputs(input_ids, attention_mask) -> dict[str, torch.Tensor]:
@@ -190,7 +73,7 @@ class PolicyAndValueModel(nn.Module):
         return *token_logps(self.policy, *inputs), token_values(self.value_model, *inputs)
 
 
-class PPOTrainer(GRPOTrainer):
+class PPOTrainer(FastRollouts, GRPOTrainer):
     """PPO with TRL's rollouts: conversational prompts, reward functions and models, PEFT, vLLM.
 
     Arguments as in `GRPOTrainer`, and `value_model`, the critic: an

@@ -1,6 +1,8 @@
-"""Proximal policy optimisation of a chat model against a reward model (Ouyang et al. 2022).
+"""Proximal policy optimisation of a chat model (Ouyang et al. 2022).
 
-Reads   a chat model's directory, a reward model's directory, prompts (`data_files`)
+Paid by a reward model (`reward_model`), by functions (`reward_funcs: verifier`), or by both.
+
+Reads   a chat model's directory, a reward model's directory, prompts or tasks (`data_files`)
 Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, eval.json, run.json
 
     python -m rlhf.train_ppo --config configs/tiny/ppo.yaml
@@ -11,6 +13,7 @@ Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, e
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset
 from transformers import set_seed
@@ -22,17 +25,26 @@ from pretrain.checkpoints import train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
-from rlhf.ppo_trainer import PPOConfig, PPOTrainer
+from rlhf.guards import watch_guards
+from rlhf.ppo_config import PPOConfig
+from rlhf.ppo_trainer import PPOTrainer
+from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
 from sft.model import complete_head, context_length, load_model, make_lora_config
+from sft.tasks import load_tasks
 from sft.train import load_chat_tokenizer, save_chat_model
 
 
 @dataclass
 class PPOArguments:
-    """The prompts, the reward model, and how the result is measured."""
+    """The prompts, what pays, and how the result is measured."""
 
-    data_files: list[str] = field(default_factory=list, metadata={"help": "prompts"})
-    reward_model: str = field(default="output/my/reward", metadata={"help": "pays and judges"})
+    data_files: list[str] = field(default_factory=list, metadata={"help": "prompts or tasks"})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "pays, judges at the end, and is where the critic begins"}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "names in rlhf.reward_functions, which pay as well"}
+    )
     eval_config: str | None = field(default=None, metadata={"help": "YAML of sft.eval"})
 
 
@@ -40,41 +52,56 @@ def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) 
     """Load prompts and models, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
-    reward_model = stages.require_input(args.reward_model, "config.json", "tokenizer.json")
-    stages.require_same_tokenizer(base, reward_model)
+    reward_funcs = choose_reward_funcs(args, base, training_args.max_completion_length)
     run = stages.start_run(
         "ppo",
         training_args.output_dir,
         [args, training_args, model_args],
-        [base, reward_model],
+        [base, *([args.reward_model] if args.reward_model else [])],
         args.data_files,
     )
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base)
     model = load_model(model_args, tokenizer)
-    rows, summary = load_prompts(args.data_files)
+    load = load_tasks if "verifier" in args.reward_funcs else load_prompts
+    rows, summary = load(args.data_files)
     room = context_length(model) - training_args.max_completion_length
     rows = fit_prompts(rows, tokenizer, room, summary)
     if stages.is_main_process():
         print(summary)
     trainer = PPOTrainer(
         model=model,
-        reward_funcs=str(reward_model),
+        reward_funcs=reward_funcs,
         args=training_args,
-        value_model=str(reward_model),
+        value_model=args.reward_model,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=make_lora_config(model_args, tokenizer),
     )
     complete_head(trainer.model)
-    watch(trainer)
+    watch(trainer, *watch_guards(trainer, args.eval_config, run))
     train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():
         metrics = evaluate_policy(
-            training_args.output_dir, args.eval_config, str(reward_model), base
+            training_args.output_dir, args.eval_config, args.reward_model, base
         )
         run.finish(metrics, data=summary.to_dict(), **parity)
+
+
+def choose_reward_funcs(args: PPOArguments, base: Path, max_completion_length: int) -> list:
+    """What pays: the reward model's directory, if there is one, and functions."""
+    unknown = [name for name in args.reward_funcs if name not in REWARD_NAMES]
+    if unknown or not (args.reward_model or args.reward_funcs):
+        raise ValueError(
+            f"reward_funcs={args.reward_funcs} and reward_model={args.reward_model}: name a reward "
+            f"model's directory, or functions among {sorted(REWARD_NAMES)}, or both"
+        )
+    if args.reward_model:
+        stages.require_input(args.reward_model, "config.json", "tokenizer.json")
+        stages.require_same_tokenizer(base, args.reward_model)
+    judges = [args.reward_model] if args.reward_model else []
+    return judges + make_reward_functions(args.reward_funcs, max_completion_length)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.ppo_trainer import (
+from rlhf.ppo_math import (
     compute_gae,
     compute_rewards,
     ends_with_eos,
@@ -101,6 +101,3 @@ def test_kl_controller_moves_the_right_way_and_is_bounded():
     assert update_kl_coef(0.1, kl=6.6, target=6.0) == pytest.approx(0.101)
     assert update_kl_coef(0.1, kl=600.0, target=6.0) == pytest.approx(0.102)
     assert update_kl_coef(0.1, kl=-600.0, target=6.0) == pytest.approx(0.098)
-
-
-# The trainer

@@ -15,11 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.ppo_trainer import (
-    PPOConfig,
-    PPOTrainer,
-    backbone_inputs,
-)
+from rlhf.ppo_config import PPOConfig
+from rlhf.ppo_trainer import PPOTrainer, backbone_inputs
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
