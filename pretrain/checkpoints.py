@@ -25,10 +25,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages
+from pretrain.dry_run import DryRun
 
 
 def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
-    """Train, from the run's checkpoint where there is one.
+    """Train, from the run's checkpoint where there is one; a dry run ends at the first step.
 
     Raises:
         ValueError: the checkpoint was written by ZeRO on other processes, or without it; or
@@ -43,6 +44,8 @@ def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
         )
     if run.checkpoint:
         check_same_sharding(run.checkpoint, trainer)
+    if run.scratch is not None:
+        trainer.add_callback(DryRun(trainer, run))
     trainer.add_callback(WholeCheckpoints(trainer, run.checkpoint))
     trainer.train(resume_from_checkpoint=run.checkpoint)
 

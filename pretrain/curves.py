@@ -11,7 +11,9 @@ PANELS = (
     ("reward", "reward"),
     ("ppo/score", "reward-model score"),
     ("ppo/kl", "KL, nats an answer"),
+    ("rewards/margins", "reward margin"),
     ("rewards/accuracies", "pairs in the right order"),
+    ("margin", "score margin"),
     ("accuracy", "pairs in the right order"),
     ("loss", "loss, nats a token"),
 )

@@ -1,18 +1,30 @@
 """Held-out numbers of a language model, and the intervals that every stage reports.
 
 python -m pretrain.eval output/tiny/pretrain --files data/generated/pretrain_validation.jsonl
+
+Texts are streamed: neither a whole file nor the logits of a whole batch are ever in memory.
 """
 
 import argparse
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+import stages
 from tokenizer.eval import detect_language
 
 Z = 1.96  # 95 % of a normal distribution lies within so many standard errors
+LONGEST_WINDOW = 4096  # tokens; a model that could read more is not asked to
+PIECE = 2**16  # characters of a document that are tokenized at once
+TOKENS_AT_ONCE = 2**13  # of a forward pass, with padding
+TOKENS_SORTED = 2**16  # windows of so many tokens are batched by length
+LOGITS_AT_ONCE = 2**24  # 64 MB in fp32
 
 
 def mean_with_interval(values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -21,7 +33,7 @@ def mean_with_interval(values: Sequence[float], unit: str) -> dict[str, Any]:
     mean = sum(values) / n if n else math.nan
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else math.nan
     margin = Z * spread / math.sqrt(n) if n else math.nan
-    return _metric(mean, mean - margin, mean + margin, n, unit)
+    return make_metric(mean, mean - margin, mean + margin, n, unit)
 
 
 def share_with_interval(hits: Iterable[bool]) -> dict[str, Any]:
@@ -29,88 +41,258 @@ def share_with_interval(hits: Iterable[bool]) -> dict[str, Any]:
     hits = [bool(hit) for hit in hits]
     n = len(hits)
     if not n:
-        return _metric(math.nan, math.nan, math.nan, 0, "share")
+        return make_metric(math.nan, math.nan, math.nan, 0, "share")
     share = sum(hits) / n
     middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     margin = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return _metric(share, middle - margin, middle + margin, n, "share")
+    return make_metric(share, middle - margin, middle + margin, n, "share")
 
 
-def _metric(value: float, low: float, high: float, n: int, unit: str) -> dict[str, Any]:
-    rounded = (None if math.isnan(x) else round(x, 6) for x in (value, low, high))
+def ratio_with_interval(
+    tops: Sequence[float], bottoms: Sequence[float], unit: str
+) -> dict[str, Any]:
+    """sum(tops) / sum(bottoms) of independent pairs, with the 95 % interval of such a ratio."""
+    n, ratio = len(tops), sum(tops) / sum(bottoms)
+    residuals = sum((top - ratio * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
+    margin = Z * math.sqrt(residuals * n / (n - 1)) / sum(bottoms) if n > 1 else math.nan
+    return make_metric(ratio, ratio - margin, ratio + margin, n, unit)
+
+
+def make_metric(value: float, low: float, high: float, n: int, unit: str) -> dict[str, Any]:
+    """An entry of eval.json; what is not a number is None."""
+    rounded = (round(x, 6) if math.isfinite(x) else None for x in (value, low, high))
     return dict(zip(("value", "low", "high"), rounded, strict=True)) | {"n": n, "unit": unit}
 
 
-@torch.no_grad()
-def bits_per_byte(
-    model: Any, tokenizer: Any, documents: Sequence[str], batch_size: int = 16
-) -> dict[str, Any]:
-    """Bits a model needs for each UTF-8 byte of unseen text: comparable across tokenizers.
+def print_metrics(metrics: dict[str, dict]) -> None:
+    """A line a metric; a dash for what is not known."""
+    for name, m in metrics.items():
+        value, low, high = (
+            "-" if m.get(part) is None else f"{m[part]:.4f}" for part in ("value", "low", "high")
+        )
+        print(f"{name:28} {value} [{low}, {high}] {m['unit']} n={m.get('n', '-')}")
 
-    Long documents are cut into windows of the model's context, each read from its beginning.
+
+def save_metrics(directory: str | Path, metrics: dict[str, dict]) -> None:
+    """Add metrics to a directory's eval.json; one of the same name is replaced, others stay."""
+    path = Path(directory, "eval.json")
+    stages.write_json(path, (stages.read_json(path) or {}) | metrics)
+
+
+class Part(NamedTuple):
+    """What a model needed for the tokens of one window that no earlier window had scored."""
+
+    nats: float
+    tokens: int
+    size: float  # UTF-8 bytes that the tokens stand for
+
+
+@dataclass
+class ScoredDocument:
+    """A document and its parts, one where it fits into the model's context."""
+
+    text: str  # its beginning
+    sha256: str
+    lang: str
+    parts: list[Part] = field(default_factory=list)
+
+    def to_row(self) -> dict[str, Any]:
+        """A line of texts.jsonl, which `scripts/compare.py` pairs with another run's."""
+        nats, tokens, size = map(sum, zip(*self.parts, strict=True))
+        shown = {"text": self.text[:80], "sha256": self.sha256, "lang": self.lang}
+        return shown | {"nats": round(nats, 4), "tokens": tokens, "bytes": round(size)}
+
+
+class Window(NamedTuple):
+    """Ids to read together; the last `scored` of them are predicted."""
+
+    document: ScoredDocument
+    ids: list[int]
+    scored: int
+    size: float
+
+
+@torch.no_grad()
+def score_documents(model: Any, tokenizer: Any, documents: Iterable[str]) -> list[ScoredDocument]:
+    """The negative log-likelihood of each document, read behind <bos> where there is one.
+
+    A document that is longer than the context is read through a window that slides by half of it:
+    each token is predicted from at least half a context, but for those at the beginning.
 
     Args:
-        documents: texts; each is read behind <bos> where the tokenizer has one.
-        batch_size: windows in a forward pass.
+        model: a causal language model, in the dtype it is to be measured in.
+        documents: texts; an iterator is read as it is used.
 
-    Returns:
-        {"value", "low", "high", "n" (windows), "unit"}; the interval is that of a ratio of sums.
+    Raises:
+        ValueError: there is no text.
     """
-    context = getattr(model.config, "max_position_embeddings", 1024)
-    windows = _cut_windows(tokenizer, documents, context)
-    windows.sort(key=lambda window: len(window[0]))  # little padding
-    nats, sizes = [], []
+    context = getattr(model.config, "max_position_embeddings", None) or 1024
+    context = min(context, LONGEST_WINDOW)
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     was_training = model.training
     model.eval()
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        nats += _sum_nats([ids for ids, _ in batch], model)
-        sizes += [size for _, size in batch]
+    head = find_plain_head(model, first)
+    scored = []
+    for batch in batch_windows(slide(tokenizer, documents, first, context, scored), head):
+        for window, nats in zip(batch, _sum_nats(model, head, batch), strict=True):
+            window.document.parts.append(Part(nats, window.scored, window.size))
     model.train(was_training)
-    bits = [value / math.log(2) for value in nats]
-    n, ratio = len(bits), sum(bits) / sum(sizes)
-    residuals = sum((b - ratio * s) ** 2 for b, s in zip(bits, sizes, strict=True))
-    margin = Z * math.sqrt(residuals * n / max(n - 1, 1)) / sum(sizes)
-    return _metric(ratio, ratio - margin, ratio + margin, n, "bits/byte")
+    if not scored:
+        raise ValueError("there is no text to measure: the files hold no document")
+    return scored
 
 
-def _cut_windows(tokenizer: Any, documents: Sequence[str], context: int) -> list[tuple]:
-    """(ids, bytes they stand for) of each window; a window's first id is not predicted."""
-    windows = []
-    first = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+def slide(
+    tokenizer: Any, documents: Iterable[str], first: int, context: int, scored: list
+) -> Iterator[Window]:
+    """The windows of all documents, in their order; each document is appended to `scored`."""
+    stride = max(context // 2, 1)
     for text in documents:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        size = len(text.encode())
-        for start in range(0, len(ids), context - 1):
-            part = ids[start : start + context - 1]
-            windows.append((first + part, size * len(part) / len(ids)))
-    if not windows:
-        raise ValueError("there is no text to measure bits per byte on")
-    return windows
+        if not text:
+            continue
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        document = ScoredDocument(text[:80], digest, detect_language(text[:10_000]))
+        scored.append(document)
+        ids, sizes, new = [first], [0.0], 0
+        room = context - 1  # of the first window, whose first id is given
+        for piece in cut_text(text):
+            more = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += more
+            sizes += [len(piece.encode()) / max(len(more), 1)] * len(more)
+            new += len(more)
+            while new > room:
+                end = len(ids) - new + room
+                size = sum(sizes[end - room : end])
+                yield Window(document, ids[max(end - context, 0) : end], room, size)
+                new, room = new - room, stride
+                kept = max(end - context, 0)
+                ids, sizes = ids[kept:], sizes[kept:]
+        if new:
+            yield Window(document, ids[-min(context, len(ids)) :], new, sum(sizes[-new:]))
 
 
-def _sum_nats(rows: list[list[int]], model: Any) -> list[float]:
-    """Summed negative log-likelihood of each row behind its first id, in nats."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * mask[:, 1:]).sum(dim=1).tolist()
+def cut_text(text: str) -> Iterator[str]:
+    """Pieces of at most `PIECE` characters, cut before a space or a newline where one is near."""
+    start = 0
+    while len(text) - start > PIECE:
+        cuts = (text.rfind(mark, start + PIECE // 2, start + PIECE) for mark in ("\n", " "))
+        end = next((cut for cut in cuts if cut > 0), start + PIECE)
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
-def evaluate_language_model(model: Any, tokenizer: Any, documents: Sequence[str]) -> dict:
-    """Bits per byte over all documents, and by language."""
-    metrics = {"bits_per_byte": bits_per_byte(model, tokenizer, documents)}
-    for language in ("en", "zh"):
-        texts = [text for text in documents if detect_language(text) == language]
-        if 0 < len(texts) < len(documents):
-            metrics[f"bits_per_byte/{language}"] = bits_per_byte(model, tokenizer, texts)
+def batch_windows(windows: Iterable[Window], head: Any) -> Iterator[list[Window]]:
+    """Windows of like length together, at most `TOKENS_AT_ONCE` with padding; without a plain
+    head one at a time."""
+    limit = TOKENS_AT_ONCE if head is not None else 1
+    pool, tokens = [], 0
+    for window in windows:
+        pool.append(window)
+        tokens += len(window.ids)
+        if tokens >= TOKENS_SORTED:
+            yield from _fill_batches(pool, limit)
+            pool, tokens = [], 0
+    yield from _fill_batches(pool, limit)
+
+
+def _fill_batches(pool: list[Window], limit: int) -> Iterator[list[Window]]:
+    batch = []
+    for window in sorted(pool, key=lambda one: len(one.ids)):
+        if batch and (len(batch) + 1) * len(window.ids) > limit:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def find_plain_head(model: Any, token: int) -> Any:
+    """The output head, where the logits are this head of the hidden states and nothing else.
+
+    Returns:
+        The module (its input (N, C), its output (N, V)), or None where the model caps or scales its
+        logits behind the head, as Gemma 2 does: then they have to come from its own `forward`.
+    """
+    head = model.get_output_embeddings()
+    probe = torch.full((1, 2), token, device=model.device)
+    expected = model(input_ids=probe, use_cache=False).logits
+    hidden = model.base_model(input_ids=probe, use_cache=False)[0]
+    if head is None or hidden.shape[-1] != getattr(head, "weight", expected.mT).shape[-1]:
+        return None
+    return head if torch.allclose(head(hidden), expected, rtol=1e-3, atol=1e-3) else None
+
+
+def _sum_nats(model: Any, head: Any, batch: list[Window]) -> list[float]:
+    """Summed negative log-likelihood of each window's scored ids; logits in chunks."""
+    width = max(len(window.ids) for window in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask, is_scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for i, window in enumerate(batch):
+        ids[i, : len(window.ids)] = torch.tensor(window.ids)
+        mask[i, : len(window.ids)] = 1
+        is_scored[i, len(window.ids) - window.scored : len(window.ids)] = True
+    ids, mask, is_scored = (tensor.to(model.device) for tensor in (ids, mask, is_scored))
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    states = model(**inputs).logits if head is None else model.base_model(**inputs)[0]
+    states = states[:, :-1][is_scored[:, 1:]]  # (N, C), or (N, V) without a head
+    targets = ids[:, 1:][is_scored[:, 1:]]
+    rows = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    nats = []
+    for part, target in zip(states.split(rows), targets.split(rows), strict=True):
+        logits = (part if head is None else head(part)).float()
+        nats.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    nats = torch.cat(nats).double()
+    return [part.sum().item() for part in nats.split([window.scored for window in batch])]
+
+
+def summarize(documents: Sequence[ScoredDocument]) -> dict[str, dict]:
+    """Bits per byte over all documents and by language, and perplexity a token.
+
+    Bits per byte compare models of any tokenizer; perplexity only those of the same. The interval
+    takes documents, and the windows of long ones, as independent.
+    """
+    parts = {"": [part for document in documents for part in document.parts]}
+    languages = sorted({document.lang for document in documents})
+    for lang in languages if len(languages) > 1 else []:
+        parts[f"/{lang}"] = [p for document in documents if document.lang == lang
+                             for p in document.parts]  # fmt: skip
+    metrics = {}
+    for ending, chosen in parts.items():
+        bits = [part.nats / math.log(2) for part in chosen]
+        sizes = [part.size for part in chosen]
+        metrics[f"bits_per_byte{ending}"] = ratio_with_interval(bits, sizes, "bits/byte")
+    nats, tokens = ([part[i] for part in parts[""]] for i in (0, 1))
+    a_token = ratio_with_interval(nats, tokens, "nats/token")
+    bounds = [math.nan if a_token[part] is None else _exp(a_token[part])
+              for part in ("value", "low", "high")]  # fmt: skip
+    metrics["perplexity"] = make_metric(*bounds, a_token["n"], "per token")
     return metrics
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def bits_per_byte(model: Any, tokenizer: Any, documents: Iterable[str]) -> dict[str, Any]:
+    """Bits a model needs for each UTF-8 byte of unseen text: comparable across tokenizers."""
+    return summarize(score_documents(model, tokenizer, documents))["bits_per_byte"]
+
+
+def evaluate_language_model(
+    model: Any, tokenizer: Any, documents: Iterable[str], directory: str | None = None
+) -> dict[str, dict]:
+    """Bits per byte and perplexity; with a directory, each document's numbers in its texts.jsonl.
+
+    Args:
+        documents: held-out texts; an iterator is read as it is used.
+        directory: where texts.jsonl goes: what two runs are compared by.
+    """
+    scored = score_documents(model, tokenizer, documents)
+    if directory is not None:
+        lines = [json.dumps(one.to_row(), ensure_ascii=False) + "\n" for one in scored]
+        Path(directory, "texts.jsonl").write_text("".join(lines), encoding="utf-8")
+    return summarize(scored)
 
 
 def main(directory: str, files: list[str]) -> None:
@@ -120,11 +302,9 @@ def main(directory: str, files: list[str]) -> None:
     from tokenizer.corpus import read_documents
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    for name, m in evaluate_language_model(model, tokenizer, list(read_documents(files))).items():
-        print(
-            f"{name:20} {m['value']:.4f} [{m['low']:.4f}, {m['high']:.4f}] {m['unit']} n={m['n']}"
-        )
+    print_metrics(evaluate_language_model(model, tokenizer, read_documents(files)))
 
 
 if __name__ == "__main__":

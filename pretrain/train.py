@@ -13,6 +13,7 @@ Writes  a model directory that from_pretrained loads; metrics.jsonl, runs/ (Tens
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -64,9 +65,6 @@ class PretrainArguments:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "evaluations in a row without a better one, then stop"}
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "print parameters, FLOPs and memory, and write nothing"}
-    )
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
@@ -113,9 +111,10 @@ class PretrainTrainer(Trainer):
 def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     """Load blocks and model, train or resume, save, evaluate, record; or only plan."""
     set_up_process(training_args)
-    if args.dry_run:
+    if stages.is_dry_run():
         print(format_plan(plan_run(args, training_args)))
-        return
+        if not Path(args.data_dir).is_dir():
+            return print(f"{args.data_dir} is not there yet: the plan is all, no step was tried")
     stages.require_input(args.data_dir, "train-*.parquet", "validation-*.parquet", "tokenizer.json")
     run = stages.start_run(
         "pretrain", training_args.output_dir, [args, training_args], [args.data_dir]
@@ -143,7 +142,7 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
         return
     model = AutoModelForCausalLM.from_pretrained(training_args.output_dir, dtype=torch.float32)
     texts = unpack_documents(validation, tokenizer, args.eval_documents)
-    metrics = evaluate_language_model(model, tokenizer, texts)
+    metrics = evaluate_language_model(model, tokenizer, texts, training_args.output_dir)
     samples = [continue_text(model, tokenizer, prompt) for prompt in SAMPLE_PROMPTS]
     run.finish(
         metrics,

@@ -3,6 +3,8 @@
     python scripts/benchmark.py pretrain
     python scripts/benchmark.py pretrain --sizes 7M --repeats 5 --json output/benchmark.json
     python scripts/benchmark.py shakespeare --text shakespeare.txt
+    python scripts/benchmark.py rollout [--model output/tiny/sft]
+    python scripts/benchmark.py prepare --tokenizer output/tiny/tokenizer --megabytes 500
 
 `pretrain` starts a fresh process for each model size, variant and repeat, the variants in turn, so
 that a machine whose speed drifts does so for all of them. Each process measures the peak of this
@@ -356,6 +358,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shakespeare.add_argument("--text", type=Path, required=True, help="UTF-8 text")
     shakespeare.add_argument("--seconds", type=float, default=68.0, help="of wall time in all")
     shakespeare.add_argument("--json", type=Path, help="also write the numbers there")
+    rollout = commands.add_parser("rollout", help="sampling speed against TRL's default")
+    rollout.add_argument("--model", help="a causal language model; without: 7M random weights")
+    for name, default in (("rows", 64), ("prompt_tokens", 32), ("new_tokens", 64), ("repeats", 3)):
+        rollout.add_argument(f"--{name}", type=int, default=default)
+    rollout.add_argument("--json", type=Path, help="also write the numbers there")
+    from benchmark_prepare import add_commands
+
+    add_commands(commands)
     one = commands.add_parser("measure", help="one variant, in this process, as JSON")
     one.add_argument("size", choices=SIZES)
     one.add_argument("variant", choices=VARIANTS)
@@ -370,6 +380,13 @@ def main(args: argparse.Namespace) -> None:
     if args.command == "pretrain":
         result = benchmark_pretraining(args.sizes, args.variants, args.repeats)
         print_tables(result)
+    elif args.command == "rollout":
+        from rlhf.rollout_benchmark import benchmark_rollouts, print_table
+
+        sizes = (args.rows, args.prompt_tokens, args.new_tokens)
+        print_table(result := benchmark_rollouts(args.model, *sizes, args.repeats))
+    elif args.command in ("prepare", "measure_prepare"):
+        result = args.run(args)
     else:
         result = benchmark_shakespeare(args.text, args.seconds)
     if args.json:

@@ -1,17 +1,17 @@
 """The report card of a recipe: one page that opens anywhere, and its twin in Markdown.
 
-Reads   output/<recipe>/<stage>/{run.json, metrics.jsonl, eval.json, answers.jsonl}, nothing else
+Reads   output/<recipe>/<stage>/{run.json, metrics.jsonl, eval.json, answers.jsonl, texts.jsonl}
 Writes  output/<recipe>/report.html, output/<recipe>/report.md
 
     python scripts/report.py output/tiny
 
 The words and the pictures are in report.html.jinja and report.md.jinja. The same files give the
-same bytes: the date is that of the last stage, not that of the report.
+same bytes: the date is that of the last stage, not that of the report. Every well-formed entry of
+an eval.json is shown, whoever wrote it; what the numbers mean stands in comparison.py.
 """
 
 import argparse
 import html
-import json
 import math
 import re
 import sys
@@ -23,11 +23,22 @@ from typing import Any
 import jinja2
 
 import stages
+from comparison import (
+    GUARDS,
+    METRICS,
+    SMALL,
+    WORSE,
+    Comparison,
+    apart,
+    compare_answers,
+    compare_texts,
+    explain,
+    judge_guards,
+    read_jsonl,
+    show,
+)
 
 CHAT_STAGES = ("sft", "dpo", "ppo", "grpo")
-SMALL = 0.02  # a share below counts as this much: 0.001 -> 0.003 is noise, not three times worse
-WORSE = 0.05  # relative to SFT
-LONGER = 0.5
 POINTS = 160  # of a curve; more cannot be seen
 PICKS = {"chat": 2, "fact": 1, "task": 1}  # prompts shown, in each language
 
@@ -44,28 +55,6 @@ HEADLINES = {
         "stop_rate",
     ),
 }  # fmt: skip
-
-# Direction (1: more is better, -1: less is, 0: neither) and meaning. The order is the page's.
-METRICS = {
-    "bits_per_byte": (-1, "bits the model needs for each UTF-8 byte of unseen plain text"),
-    "stop_rate": (1, "answers that end by themselves"),
-    "repetition": (-1, "token triples that the same answer has said before"),
-    "length": (0, "tokens in an answer"),
-    "language_match": (1, "answers in the language of the question"),
-    "fact_accuracy": (1, "held-out factual questions answered right"),
-    "task_accuracy": (1, "held-out tasks solved, as a program checks; level 1 is the easiest"),
-    "bytes_per_token": (1, "UTF-8 bytes in a token: more means shorter sequences"),
-    "round_trip": (1, "documents that decode to exactly their text"),
-    "train_tokens": (0, "tokens of the pretraining text; validation_tokens are held out"),
-    "pair_accuracy": (1, "held-out pairs where the reward model prefers the chosen answer"),
-    "implicit_pair_accuracy": (1, "held-out pairs where DPO raised the chosen answer more"),
-    "reward_score": (1, "the reward model's mean score of the answers; only differences mean much"),
-    "reward_score/gain": (1, "that score minus SFT's on the same prompts, paired"),
-    "ppo/kl": (0, "nats that an answer lies from the reference, at the last log: the price paid"),
-    "margin": (1, "implicit reward of the chosen answer minus the rejected one's"),
-    "explained variance": (1, "share of the returns' variance that PPO's critic foresees"),
-}
-GUARDS = tuple(METRICS)[:7]
 
 # Stage, title, key in metrics.jsonl (held out: "eval_" before it), horizontal axis, lowest value.
 CURVES = (
@@ -94,6 +83,8 @@ class Result:
     metrics: dict[str, dict] = field(default_factory=dict)
     log: list[dict] = field(default_factory=list)
     answers: list[dict] = field(default_factory=list)
+    texts: list[dict] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)  # entries of eval.json that are no metric
     stale: list[str] = field(default_factory=list)  # stages made anew after this one read them
 
 
@@ -108,6 +99,7 @@ def main(directory: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"show": show, "duration": show_duration, "plain": escape_markdown}
+    environment.filters["explain"] = explain
     for name in ("report.html", "report.md"):
         text = environment.get_template(f"{name}.jinja").render(page)
         # A model can say half a character; it must not cost the report.
@@ -141,21 +133,19 @@ def read_result(name: str, directory: Path) -> Result:
     run = stages.read_json(directory / "run.json")
     if not run or not run.get("finished"):
         return Result(name, "unfinished" if run else "not run")
+    found = stages.read_json(directory / "eval.json") or {}
     metrics = {
         key: entry | {part: finite(entry.get(part)) for part in ("value", "low", "high")}
-        for key, entry in (stages.read_json(directory / "eval.json") or {}).items()
+        for key, entry in found.items()
+        if isinstance(entry, dict) and "value" in entry
     }
-    log, answers = (read_jsonl(directory / f"{part}.jsonl") for part in ("metrics", "answers"))
+    log, answers, texts = (
+        read_jsonl(directory / f"{part}.jsonl") for part in ("metrics", "answers", "texts")
+    )
     if kl := read_curve(log, "step", "ppo/kl"):
         metrics["ppo/kl"] = {"value": kl[-1][1], "unit": "nats/answer"}
-    return Result(name, "finished", run, metrics, log, answers)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a file, none where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # Not splitlines(): a string of JSON may hold U+2028, which ends no line here.
-    return [json.loads(line) for line in text.split("\n") if line]
+    unread = sorted(found.keys() - metrics.keys())
+    return Result(name, "finished", run, metrics, log, answers, texts, unread)
 
 
 def finite(value: Any) -> float | int | None:
@@ -191,10 +181,15 @@ def describe(recipe: str, results: dict[str, Result]) -> dict[str, Any]:
         "slowest_s": max(run["wall_time_s"] for run in runs.values()),
         "largest_bytes": max(run["peak_memory_bytes"] for run in runs.values()),
         "headlines": HEADLINES,
-        "guards": judge_guards({name: results[name].metrics for name in CHAT_STAGES}),
+        "guards": judge_guards(
+            {name: results[name].metrics for name in CHAT_STAGES}, compare_with_sft(results)
+        ),
+        "kept": {name: run["guards"] for name, run in runs.items() if run.get("guards")},
         "scores": compare_scores(results),
         "curves": [draw_curve(results[curve[0]].log, *curve) for curve in CURVES],
         "samples": pick_samples({name: results[name].answers for name in CHAT_STAGES}),
+        "tables": {name: list_tables(result) for name, result in results.items()},
+        "pictures": {name: draw_histograms(result) for name, result in results.items()},
         "origins": compare_origins(runs),
         "glossary": METRICS,
         "arrows": {1: " ↑", -1: " ↓", 0: ""},
@@ -202,54 +197,16 @@ def describe(recipe: str, results: dict[str, Result]) -> dict[str, Any]:
     }
 
 
-def judge_guards(metrics: dict[str, dict[str, dict]]) -> dict[str, Any]:
-    """The guards of every chat stage beside SFT's.
-
-    Args:
-        metrics: chat stage -> its metrics; none where it was not measured.
-
-    Returns:
-        `stages` that were measured, `rows` (guard, direction, cells of (metric, mark)), `alarms`
-        and `missing` (sentences), `compared` (whether there is an SFT to compare with).
-    """
-    base = metrics["sft"]
-    metrics = {name: found for name, found in metrics.items() if found}
-    rows, alarms, missing = [], [], []
-    levels = sorted({key for found in metrics.values() for key in found if "/level_" in key})
-    for guard in [*GUARDS, *levels]:
-        direction, cells = METRICS[guard.split("/")[0]][0], []
-        for name, found in metrics.items():
-            metric = found.get(guard, {})
-            mark, change = judge(base.get(guard, {}), metric, direction)
-            cells.append((metric, mark and f"{mark} {100 * change:+.1f} %"))
-            if mark == "worse":
-                doubt = "" if apart(base[guard], metric) else "; the intervals overlap"
-                alarms.append(f"{name}, {guard}: {show(base[guard])} → {show(metric)}{doubt}")
-            elif metric.get("value") is None:
-                missing.append(f"{name} {guard}")
-        rows.append((guard, direction, cells))
-    return {"stages": list(metrics), "rows": rows, "alarms": alarms, "missing": missing,
-            "compared": bool(base)}  # fmt: skip
-
-
-def judge(base: dict, metric: dict, direction: int) -> tuple[str, float]:
-    """("worse", "changed" or "", change relative to SFT's value)."""
-    before, after = base.get("value"), metric.get("value")
-    if before is None or after is None:
-        return "", 0.0
-    if metric["unit"] == "share":
-        before, after = max(before, SMALL), max(after, SMALL)
-    change = after / before - 1 if before else 0.0
-    if direction == 0:
-        return ("changed" if abs(change) > LONGER else ""), change
-    # 0.95 of a value is not more than 5 % below it, whatever the last bit says.
-    return ("worse" if -direction * change > WORSE + 1e-9 else ""), change
-
-
-def apart(one: dict, other: dict) -> bool:
-    """Whether two intervals have no value in common; an unknown one is apart from none."""
-    bounds = [metric.get(end) for metric in (one, other) for end in ("low", "high")]
-    return None not in bounds and (bounds[1] < bounds[2] or bounds[3] < bounds[0])
+def compare_with_sft(results: dict[str, Result]) -> dict[str, dict[str, Comparison]]:
+    """Chat stage -> guard -> its paired difference to SFT, where both left the same rows."""
+    base, found = results["sft"], {}
+    levels = {name for row in base.answers for name in row.get("scores", {}) if "/level_" in name}
+    for name in CHAT_STAGES[1:]:
+        other = results[name]
+        pairs = compare_answers(base.answers, other.answers, {*GUARDS, *levels})
+        pairs += compare_texts(base.texts, other.texts)
+        found[name] = {pair.metric: pair for pair in pairs}
+    return found
 
 
 def compare_scores(results: dict[str, Result]) -> dict[str, Any] | None:
@@ -298,14 +255,22 @@ def ticks(low: float, high: float) -> list[float]:
 def pick_samples(answers: dict[str, list[dict]]) -> dict[str, Any]:
     """The chat stages that answered, and the same few prompts with the answer of each.
 
-    The prompts are the first of their kind in the file, the kinds in turn: nobody chose them.
+    The prompts are the first of their kind in the file, the kinds in turn: nobody chose them. What
+    SFT's rows have of the model before it comes first, as "before sft".
     """
     answers = {name: rows for name, rows in answers.items() if rows}
+    asked = next(iter(answers.values()), [])
+    before = [
+        {"prompt": row["prompt"], "answer": row["previous"], "finished": True}
+        for row in answers.get("sft", [])
+        if "previous" in row
+    ]
+    answers = ({"before sft": before} if before else {}) | answers
     by_prompt = {n: {str(row["prompt"]): row for row in rows} for n, rows in answers.items()}
     picked = []
     for source, count in PICKS.items():
         kinds: dict[str, dict[str, dict]] = {}
-        for row in next(iter(answers.values()), []):
+        for row in asked:
             if row["source"] == source:
                 kinds.setdefault(row["lang"], {}).setdefault(str(row.get("kind")), row)
         for turn, (_, firsts) in enumerate(sorted(kinds.items())):
@@ -314,6 +279,33 @@ def pick_samples(answers: dict[str, list[dict]]) -> dict[str, Any]:
                 picked.append(ordered[(turn * count + i) % len(ordered)])
     rows = [(row, [at.get(str(row["prompt"])) for at in by_prompt.values()]) for row in picked]
     return {"stages": list(answers), "rows": rows}
+
+
+def list_tables(result: Result) -> list[tuple[str, list[str], list[list[Any]]]]:
+    """(title, columns, rows) of the lists of rows that metrics carry, and of a confusion matrix."""
+    tables = []
+    for name, metric in result.metrics.items():
+        for key, rows in metric.items():
+            if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+                tables.append((f"{name}: {key}", list(rows[0]), [list(r.values()) for r in rows]))
+    if matrix := result.run.get("confusion_matrix"):
+        labels = matrix["labels"]
+        rows = [[label, *row] for label, row in zip(labels, matrix["rows"], strict=True)]
+        tables.append(("confusion matrix: right label, then what was said", ["", *labels], rows))
+    return tables
+
+
+def draw_histograms(result: Result) -> list[dict[str, Any]]:
+    """`title`, `bars` of (from, to, count) and the ticks of each metric's `histogram`."""
+    found = [(n, m["histogram"]) for n, m in result.metrics.items() if "histogram" in m]
+    pictures = []
+    for name, histogram in found:
+        edges, counts = histogram["edges"], histogram["counts"]
+        pictures.append({
+            "title": name, "bars": list(zip(edges, edges[1:], counts, strict=False)),
+            "x_ticks": ticks(edges[0], edges[-1]), "y_ticks": ticks(0, max(counts)),
+        })  # fmt: skip
+    return pictures
 
 
 def compare_origins(runs: dict[str, dict]) -> dict[str, str]:
@@ -330,28 +322,6 @@ def compare_origins(runs: dict[str, dict]) -> dict[str, str]:
         )
         for key, values in found.items()
     }
-
-
-def show(metric: dict, with_n: bool = False) -> str:
-    """`98.2 % [96.8, 99.0], n 240`; a dash for what was not measured or is not a number."""
-    if metric.get("value") is None:
-        return "—"
-    percent = metric.get("unit") == "share"
-    value, low, high = (
-        None if number is None else show_number(number * 100 if percent else number, percent)
-        for number in (metric.get(part) for part in ("value", "low", "high"))
-    )
-    text = f"{value} %" if percent else value
-    if low is not None and high is not None:
-        text += f" [{low}, {high}]"
-    return text + (f", n {metric['n']:,}" if with_n and metric.get("n") else "")
-
-
-def show_number(number: float, percent: bool) -> str:
-    if isinstance(number, int) and not percent:
-        return f"{number:,}"
-    digits = 1 if percent or abs(number) >= 10 else 3
-    return f"{round(number, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
 def show_duration(seconds: float) -> str:

@@ -282,3 +282,58 @@ def test_ticks_enclose_the_values(report, low, high):
     marks = report.ticks(low, high)
     assert marks[0] <= low and marks[-1] >= high and marks[0] < marks[-1]
     assert 2 <= len(marks) <= 6
+
+
+def test_any_well_formed_entry_is_shown_whoever_wrote_it(report, tmp_path):
+    histogram = {"edges": [-1.0, 0.0, 2.5], "counts": [3, 7]}
+    bins = [{"from": 0.5, "n": 4, "accuracy": HOSTILE}, {"from": 0.6, "n": 9, "accuracy": 0.75}]
+    write_stage(tmp_path / "tiny", "reward", {
+        "calibration_error": metric(0.123, 0.1, 0.2) | {"bins": bins},
+        "margin": metric(1.5, 1.25, 1.75, unit="reward-model score") | {"histogram": histogram},
+        f"odd/{HOSTILE}": metric(2.0, 1.0, 3.0, 7, unit=HOSTILE),
+        "a_note": "no number", "a_list": [1, 2],
+    }, confusion_matrix={"labels": ["ham", HOSTILE], "rows": [[812, 3], [5, 97]]})  # fmt: skip
+    page, text = make(report, tmp_path / "tiny")
+    checker = Checker()
+    checker.feed(page)
+    assert not checker.open and not checker.loads and "<script" not in text
+    for shown in ("12.3 % [10.0, 20.0], n 100", "1.500 [1.250, 1.750], n 100"):
+        assert shown in page and shown in text
+    assert "2.000 [1.000, 3.000], n 7" in page and "reward-model score" in page
+    assert page.count('<polygon class="bar-of"') == 2
+    assert "812" in page and "| ham | 812 | 3 |" in text and "| 0.6 | 9 | 0.75 |" in text
+    assert "no numbers" in page and "a_list, a_note" in page and "a\\_list, a\\_note" in text
+
+
+def scored(right, **extra):
+    return [answer("task", "en", kind=f"k{i}", scores={"task_accuracy": i < right}) | extra
+            for i in range(40)]  # fmt: skip
+
+
+def test_guards_show_the_paired_difference(report, tmp_path):
+    texts = [{"sha256": str(i), "nats": 7.0 + i, "bytes": 10} for i in range(9)]
+    worse = [row | {"nats": row["nats"] + 1} for row in texts]
+    write_stage(tmp_path / "tiny", "sft", guards(), answers=scored(20))
+    write_stage(tmp_path / "tiny", "dpo", guards(task_accuracy=0.4), answers=scored(19))
+    write_stage(tmp_path / "tiny", "grpo", guards(task_accuracy=0.1), answers=scored(4))
+    for name, rows in (("sft", texts), ("grpo", worse)):
+        (tmp_path / "tiny" / name / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page, text = make(report, tmp_path / "tiny")
+    cells = row_of(text, "task_accuracy ↑").split(" | ")
+    assert "paired" not in cells[1] and "paired -2.5 [-7.5, 0.0]" in cells[2]
+    assert "paired -40.0 [-" in cells[3]
+    alarms = [line for line in text.splitlines() if line.startswith("- 🔴")]
+    assert alarms[0].endswith("; paired -2.5 [-7.5, 0.0], perhaps noise")
+    assert "; paired -40.0 [" in alarms[1] and "noise" not in alarms[1]
+    bits = 1 / 10 / 0.693147
+    assert f"paired +{bits:.3f} [{bits:.3f}, {bits:.3f}]" in row_of(text, "bits_per_byte")
+
+
+def test_the_model_before_sft_stands_first_in_the_samples(report, tmp_path):
+    rows = [answer("chat", "en", "yes", previous="babble " + HOSTILE), answer("fact", "en", "no")]
+    write_stage(tmp_path / "tiny", "sft", guards(), answers=rows)
+    page, text = make(report, tmp_path / "tiny")
+    assert "| prompt | reference | before sft | sft |" in text
+    assert "| right | babble &lt;script&gt;" in row_of(text, "chat en")
+    assert row_of(text, "fact en").endswith("| right | not asked | no |")
+    assert "babble &lt;script&gt;" in page and "the model that SFT starts from" in page
