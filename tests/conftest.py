@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -68,39 +69,34 @@ def base_dir(tokenizer, tiny_config, tmp_path_factory):
 @pytest.fixture(scope="session")
 def blocks_dir(tokenizer, tmp_path_factory):
     """What pretrain.prepare leaves: 48 training blocks of 32 tokens, and its tokenizer."""
-    from pretrain.prepare import PrepareArguments, tokenize, write_split
-
     directory = tmp_path_factory.mktemp("prepare")
-    args = PrepareArguments(output_dir=str(directory), block_size=32)
     texts = [f"{SENTENCES[i % 4]} {i} + {i} = {2 * i}." for i in range(70)]
-    for split, documents in (("train", texts), ("validation", texts[:6])):
-        counts = write_split(split, tokenize(documents, tokenizer), args)
-        assert split == "validation" or counts["blocks"] >= 48, counts
-    table = pq.read_table(directory / "train-00000.parquet")
-    pq.write_table(table.slice(0, 48), directory / "train-00000.parquet")
+    write_blocks(directory / "train-00000", tokenizer, texts, 32, most=48)
+    write_blocks(directory / "validation-00000", tokenizer, texts[:6], 32)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def write_blocks(path, tokenizer, texts, block_size, first=0, most=None):
+    """A shard of packed blocks, written out: <bos>, the text's ids, <eos>, and so on."""
+    ends = tokenizer.bos_token, tokenizer.eos_token
+    ids = tokenizer("".join(f"{ends[0]}{text}{ends[1]}" for text in texts))["input_ids"]
+    starts = range(0, len(ids) - block_size + 1, block_size)[first:most]
+    blocks = [ids[start : start + block_size] for start in starts]
+    assert most is None or len(blocks) == most - first, len(blocks)
+    table = pa.table({"input_ids": pa.array(blocks, pa.list_(pa.int32()))})
+    pq.write_table(table, path.with_suffix(".parquet"))
 
 
 @pytest.fixture(scope="session")
 def prepared_dir(tokenizer, tmp_path_factory):
     """Blocks of 32 tokens as `pretrain.prepare` writes them: two training shards, validation."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from pretrain.prepare import pack, tokenize
-
     directory = tmp_path_factory.mktemp("prepare")
     train = [f"The river {i} runs past the mill." for i in range(80)]
     held_out = ["Who are you? I am LadderLM. 小河流过磨坊。"] * 12
-    train, held_out = (
-        list(pack((document.ids for document in tokenize(texts, tokenizer)), 32))
-        for texts in (train, held_out)
-    )
-    shards = {"train-00000": train[:20], "train-00001": train[20:], "validation-00000": held_out}
-    for name, rows in shards.items():
-        table = pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))})
-        pq.write_table(table, directory / f"{name}.parquet")
+    write_blocks(directory / "train-00000", tokenizer, train, 32, most=20)
+    write_blocks(directory / "train-00001", tokenizer, train, 32, first=20)
+    write_blocks(directory / "validation-00000", tokenizer, held_out, 32)
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -51,7 +51,8 @@ class Processes:
         self.log = self.directory.parent / f"{self.directory.name}.log"
         argv = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pretrain.train", "sft.train", "deepspeed"])
+        trainers = ["pretrain.train", "sft.train", "sft.train_classifier", "rlhf.train_dpo"]
+        context.set_forkserver_preload([*trainers, "deepspeed"])
         shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if ranks > 1:
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,6 +1,9 @@
 """The benchmarks' own arithmetic, and that each runs; what they measure is no test's business."""
 
+import json
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,3 +65,40 @@ def test_shakespeare_runs_on_a_small_text(tmp_path, capsys):
     since = BENCHMARK["time"].time() - BENCHMARK["STARTED_AT"]
     result = BENCHMARK["benchmark_shakespeare"](text, since + 8)
     assert result["steps"] > 5 and 0 < result["nats_per_character"] < 3
+
+
+def test_preparing_is_compared_on_the_same_text(tmp_path, tokenizer):
+    """All three variants, through the command; the two ratios are of the speeds shown."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = "The river runs past the mill, and 12 people of the village know it well. "
+    rows = (json.dumps({"text": f"{number} {text}"}) for number in range(3000))
+    (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n")
+    command = [sys.executable, "scripts/benchmark.py", "prepare", "--text", "TEXT", "--tokenizer",
+               "TOKENIZER", "--json", str(tmp_path / "out.json")]  # fmt: skip
+    command[4], command[6] = str(tmp_path / "text.jsonl"), str(tmp_path / "tokenizer")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    size = sum(len(f"{number} {text}") for number in range(3000)) / 1e6
+    assert result["bare"]["megabytes"] == pytest.approx(size)
+    assert result["datasets"]["megabytes"] == pytest.approx(size)
+    assert result["ours"]["megabytes"] > size, "and the held-out rows"
+    ratio = result["ours"]["megabytes_per_second"] / result["bare"]["megabytes_per_second"]
+    assert f"{ratio:.2f} x Rust tokenizer" in done.stdout
+    assert result["ours"]["memory_gb"] > 0.1
+
+
+def test_the_corpus_that_is_made(tmp_path):
+    made = runpy.run_path(str(ROOT / "scripts/benchmark_prepare.py"))["write_corpus"]
+    generated = tmp_path / "generated.jsonl"
+    rows = [{"text": f"The river is {number} miles long."} for number in range(50)]
+    rows += [{"text": f"小河长{number}里。"} for number in range(50)]
+    generated.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    for path in paths:
+        made(generated, path, megabytes=0.3)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    texts = [json.loads(line)["text"] for line in paths[0].read_text(encoding="utf-8").splitlines()]
+    assert 0.3e6 <= paths[0].stat().st_size < 0.35e6
+    assert len(set(texts)) == len(texts) and 0.2 < sum("小" in t for t in texts) / len(texts) < 0.8
+    assert max(map(len, texts)) > 4_000 and min(map(len, texts)) < 300

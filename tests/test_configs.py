@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import is_dataclass
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from pretrain.hardware import training_defaults
 RECIPES = sorted(path.parent for path in (ROOT / "configs").glob("*/sft.yaml"))
 CONFIGS = sorted(path for recipe in RECIPES for path in recipe.glob("*.yaml"))
 EXTRA = {"eval": "sft.eval", "grpo_reward": "rlhf.train_grpo"}
+EXTRA |= {name: stage.module for name, stage in stages.BRANCHES.items()}
 
 
 def module_of(path):
@@ -22,8 +24,7 @@ def module_of(path):
 
 def dataclasses_of(module):
     """The dataclasses that a stage parses, read off the annotations of its main."""
-    hints = [h for n, h in module.main.__annotations__.items() if n not in ("return", "directory")]
-    return hints
+    return [hint for hint in module.main.__annotations__.values() if is_dataclass(hint)]
 
 
 @pytest.fixture(autouse=True)

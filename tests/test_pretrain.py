@@ -4,30 +4,13 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from conftest import write_blocks
 
-from pretrain.data import PackedCollator, unpack_documents
+from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
 from pretrain.hardware import choose_attention, supports_bf16, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.optimizer import make_optimizer, orthogonalize
-from pretrain.prepare import pack, tokenize
-
-
-def test_packing_loses_and_makes_no_token(tokenizer):
-    documents = [f"Document {i} says {'la ' * (i % 7)}" for i in range(50)]
-    ids = [document.ids for document in tokenize(documents, tokenizer)]
-    flat = [token for document in ids for token in document]
-    blocks = list(pack(ids, block_size=16))
-    assert [token for block in blocks for token in block] == flat[: len(flat) // 16 * 16]
-    assert {len(block) for block in blocks} == {16}
-
-
-def test_documents_stand_between_bos_and_eos(tokenizer):
-    ((_, size, ids),) = tokenize(["小河 12"], tokenizer)
-    assert size == 9  # bytes
-    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert tokenizer.decode(ids[1:-1]) == "小河 12"
 
 
 def test_collator_restarts_positions_and_masks_bos():
@@ -37,17 +20,15 @@ def test_collator_restarts_positions_and_masks_bos():
     assert batch["labels"].tolist() == [[-100, 8, 3, -100, 9, 9, 3, -100]]
 
 
-def test_whole_documents_come_back_from_blocks(tokenizer):
+def test_whole_documents_come_back_from_blocks(tokenizer, tmp_path):
     documents = [f"Document {i}. 小河。" for i in range(9)]
-    blocks = list(pack([d.ids for d in tokenize(documents, tokenizer)], block_size=16))
-    blocks = Dataset.from_dict({"input_ids": blocks}).with_format("torch")
-    assert unpack_documents(blocks, tokenizer, limit=4) == documents[:4]
+    write_blocks(tmp_path / "train-00000", tokenizer, documents, 16)
+    assert unpack_documents(load_blocks(tmp_path, "train"), tokenizer, limit=4) == documents[:4]
 
 
-def test_one_document_longer_than_its_blocks_is_measured(tokenizer):
-    (document,) = tokenize(["The river runs. " * 40], tokenizer)
-    blocks = list(pack([document.ids], block_size=16))
-    blocks = Dataset.from_dict({"input_ids": blocks}).with_format("torch")
+def test_one_document_longer_than_its_blocks_is_measured(tokenizer, tmp_path):
+    write_blocks(tmp_path / "train-00000", tokenizer, ["The river runs. " * 40], 16)
+    blocks = load_blocks(tmp_path, "train")
     (play,) = unpack_documents(blocks, tokenizer, limit=400)
     assert len(blocks) > 3 and play.startswith("The river runs. The river") and len(play) > 500
 

@@ -49,7 +49,7 @@ def test_command_is_one_that_exists(command, monkeypatch):
     if "--config" in words or module in {stage.module for stage in stages.STAGES.values()}:
         start = words.index("--config") if "--config" in words else words.index(module) + 1
         hints = [h for n, h in imported.main.__annotations__.items()
-                 if n not in ("return", "directory")]  # fmt: skip
+                 if n not in ("return", "directory", "directories")]  # fmt: skip
         defaults = training_defaults() if ".train" in module else None
         argv = [word for word in words[start:] if word not in ("--deepspeed",)]
         argv = [word for word in argv if not word.startswith("configs/deepspeed")]

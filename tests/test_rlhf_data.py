@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data import load_preferences, load_prompts, load_tasks
+from rlhf.data import load_preferences, load_prompts
 from sft.data import split_rows
+from sft.tasks import load_tasks
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
@@ -74,6 +75,7 @@ def write(tmp_path):
 )
 def test_preference_layouts(write, layout, row, prompt):
     rows, summary = load_preferences(write({**row, "lang": "en"}))
+    assert rows[0].pop("source").endswith("x.jsonl:1")
     assert rows == [{"lang": "en", "prompt": prompt, "chosen": GOOD, "rejected": BAD}]
     assert summary.layout.startswith(layout)
     prompts, _ = load_prompts(write({**row, "lang": "en"}))
