@@ -60,7 +60,8 @@ def ratio_with_interval(
 
 def make_metric(value: float, low: float, high: float, n: int, unit: str) -> dict[str, Any]:
     """An entry of eval.json; what is not a number is None."""
-    rounded = (round(x, 6) if math.isfinite(x) else None for x in (value, low, high))
+    # A numpy number of 32 bits is no float, and JSON has no other way to write it than a string.
+    rounded = (round(float(x), 6) if math.isfinite(x) else None for x in (value, low, high))
     return dict(zip(("value", "low", "high"), rounded, strict=True)) | {"n": n, "unit": unit}
 
 
@@ -216,8 +217,9 @@ def find_plain_head(model: Any, token: int) -> Any:
     """
     head = model.get_output_embeddings()
     probe = torch.full((1, 2), token, device=model.device)
-    expected = model(input_ids=probe, use_cache=False).logits
-    hidden = model.base_model(input_ids=probe, use_cache=False)[0]
+    inputs = {"input_ids": probe, "attention_mask": torch.ones_like(probe), "use_cache": False}
+    expected = model(**inputs).logits
+    hidden = model.base_model(**inputs)[0]
     if head is None or hidden.shape[-1] != getattr(head, "weight", expected.mT).shape[-1]:
         return None
     return head if torch.allclose(head(hidden), expected, rtol=1e-3, atol=1e-3) else None

@@ -139,6 +139,8 @@ def test_bleu_is_sacrebleus_with_its_signature():
     other = {"answer": "the mill by the river", "reference": "by the river", "lang": "en"}
     metrics = measure_corpora([row, row | {"answer": "小河。"}, other])
     assert set(metrics) == {"bleu/zh", "chrf/zh", "bleu/en", "chrf/en"}
+    bounds = [metric[end] for metric in metrics.values() for end in ("value", "low", "high")]
+    assert {type(bound) for bound in bounds} == {float}  # numpy's would not survive JSON
     assert "tok:zh" in metrics["bleu/zh"]["signature"]
     assert "tok:13a" in metrics["bleu/en"]["signature"]
     whole = measure_corpora([row])["bleu/zh"]

@@ -210,12 +210,18 @@ def test_a_reward_model_judges_offline(base_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_serve_is_a_judge(base_dir, tmp_path):
+def test_transformers_serve_is_a_judge(tokenizer, tiny_config, tmp_path):
     """A random model says nothing readable: what is tested is the protocol of a real server."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    directory = str(tmp_path / "model")
+    longer = tiny_config.to_dict() | {"n_positions": 512}  # room for what is asked again
+    GPT2LMHeadModel(GPT2Config(**longer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(base_dir)]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", directory]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     with (tmp_path / "serve.log").open("w") as log:
         server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -227,7 +233,7 @@ def test_transformers_serve_is_a_judge(base_dir, tmp_path):
             except OSError:
                 assert server.poll() is None, (tmp_path / "serve.log").read_text()
                 time.sleep(0.5)
-        judge = Judge(f"http://127.0.0.1:{port}/v1", str(base_dir), max_tokens=8, retries=1)
+        judge = Judge(f"http://127.0.0.1:{port}/v1", directory, max_tokens=8, retries=1)
         assert judge.ask("Hi", read_score, "SCORE: 1", {"row": 0}) is None
     finally:
         server.terminate()
