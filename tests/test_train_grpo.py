@@ -112,7 +112,7 @@ def test_the_probe_tries_the_levels_evenly():
 def test_a_probe_samples_as_the_training_does(base_dir, tmp_path, capsys):
     from trl import ModelConfig
 
-    rows = [{"prompt": [{"role": "user", "content": text}], "answer": "7", "verifier": "number",
+    rows = [{"prompt": [{"role": "user", "content": text}], "answer": "9009", "verifier": "number",
              "level": 1} for text in ("Who are you?", "12 + 30 =")]  # fmt: skip
     args = make_args(tmp_path, reward_weights=[2.0, 1.0])
     tokenizer = load_chat_tokenizer(base_dir)
