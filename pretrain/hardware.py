@@ -126,5 +126,6 @@ def quiet_logs() -> None:
 
     transformers.logging.set_verbosity_error()
     if not os.isatty(2):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for TRL's own bars
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
