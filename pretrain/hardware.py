@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
@@ -56,7 +57,20 @@ def measure_memory() -> int:
     """Bytes of the first GPU's memory, else of this machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
+    return measure_host_memory()
+
+
+def measure_host_memory() -> int:
+    """Bytes of this machine's memory, whatever GPU it has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure_free_memory() -> int:
+    """Bytes of it that programs can still get; where the system does not tell, all there is."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else measure_host_memory()
 
 
 def set_up_process(training_args: TrainingArguments | None = None) -> None:

@@ -21,9 +21,11 @@ from sft.formats import (
     read_chat,
     read_instruction,
 )
+from sft.rendering import control_pattern
 from sft.tasks import TASK_LAYOUTS, read_prompt_field
 from tokenizer.corpus import Row, shorten
 
+HOLDS_CONTROL = "a text has the characters of a control token"
 IDENTICAL = "chosen and rejected are equal"
 
 
@@ -154,14 +156,25 @@ PREFERENCE_LAYOUTS = [
 ]  # fmt: skip
 
 
+def holds_control(messages: list[dict], control: re.Pattern) -> bool:
+    """Whether a text has the characters of a control token, `control_pattern` of the tokenizer.
+
+    TRL tokenizes prompts and pairs itself, and would make a real token of them: a question could
+    end its own turn. Such rows are few, and are left out.
+    """
+    return any(control.search(message["content"]) for message in messages)
+
+
 def fit_prompts(
     rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary
 ) -> list[dict]:
-    """Prompts of at most `max_length` tokens; the others are counted in `summary`."""
-    kept = []
+    """Prompts of at most `max_length` tokens without `HOLDS_CONTROL`; others go to `summary`."""
+    control, kept = control_pattern(tokenizer), []
     for number, row in enumerate(rows, start=1):
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-        if len(ids) > max_length:
+        if holds_control(row["prompt"], control):
+            summary.drop(HOLDS_CONTROL, f"prompt {number}")
+        elif len(ids) > max_length:
             summary.drop(f"prompt longer than {max_length} tokens", f"prompt {number}")
         else:
             kept.append(row)

@@ -13,12 +13,11 @@ from pathlib import Path
 from transformers import Trainer
 
 import stages
+from comparison import GUARDS, UNITS, explain, judge
 from pretrain.callbacks import LogFile, say
 from sft.eval import EvalArguments, evaluate_chat
 
 ROWS = 64  # of each kind: seconds on a small model; the whole set is measured when the run ends
-ALLOWED_FALL = 0.05
-HIGHER = ("stop_rate", "language_match", "fact_accuracy", "task_accuracy")
 REWARDS = ("ppo/score", "reward", "rewards/margins")  # keys of the logs: the first that is there
 
 
@@ -39,29 +38,19 @@ def watch_guards(trainer: Trainer, eval_config: str | None, run: stages.Run) -> 
     return [Guards(trainer, dataclasses.replace(args, max_rows=min(ROWS, args.max_rows)), run)]
 
 
-def measure_fall(name: str, before: float, after: float) -> float:
-    """How much of a guard is lost, relative to what there was; negative is a gain.
-
-    Repetition counts as the share of an answer that is new, bits per byte as what they cost.
-    """
-    if name == "repetition":
-        before, after = 1 - before, 1 - after
-    elif name == "bits_per_byte":
-        before, after = -before, -after
-    return (before - after) / abs(before) if before else 0.0
-
-
 def find_falls(before: dict[str, dict], after: dict[str, dict]) -> dict[str, float]:
-    """The guards that lost more than 5 %, and how much.
+    """The guards that got worse as the report card counts it (`comparison.judge`), and how much.
 
     Args:
-        before: metrics as `sft.eval` gives them, {name: {"value", ...}}; `after` of the same rows.
+        before: metrics as `sft.eval` gives them, {name: {"value", "unit", ...}}; `after` of the
+            same rows.
     """
     falls = {}
-    for name in (*HIGHER, "repetition", "bits_per_byte"):
-        values = [found.get(name, {}).get("value") for found in (before, after)]
-        if None not in values and (fall := measure_fall(name, *values)) > ALLOWED_FALL + 1e-9:
-            falls[name] = fall
+    for name in GUARDS:
+        sides = (found.get(name, {}) for found in (before, after))
+        mark, change = judge(*sides, explain(name)[0])
+        if mark == "worse":
+            falls[name] = abs(change)
     return falls
 
 
@@ -84,15 +73,16 @@ def report_falls(reference: str | Path | None, metrics: dict[str, dict]) -> str:
     if not fallen:
         return ""
     gain = metrics.get("reward_score/gain", {}).get("value")
-    return f"guards: against {reference}, {fallen}{describe_reward(0.0, gain)}"
+    meanwhile = describe_reward(0.0, gain, "reward model's score")
+    return f"guards: against {reference}, {fallen}{meanwhile}"
 
 
-def describe_reward(before: float | None, after: float | None) -> str:
-    """What the reward did meanwhile."""
+def describe_reward(before: float | None, after: float | None, name: str = "reward") -> str:
+    """What the reward, or what is named, did meanwhile."""
     if before is None or after is None:
         return ""
     verb = "rose" if after > before else "did not rise"
-    return f", while the reward {verb} ({before:.3f} -> {after:.3f})"
+    return f", while the {name} {verb} ({before:.3f} -> {after:.3f})"
 
 
 class Guards(LogFile):
@@ -151,11 +141,10 @@ class Guards(LogFile):
         model.eval()
         metrics, _ = evaluate_chat(model, self.trainer.processing_class, self.args)
         model.train(was_training)
-        names = (*HIGHER, "repetition", "bits_per_byte", "length")
         mean = sum(self.rewards) / len(self.rewards) if self.rewards else None
         line = {
             "step": state.global_step,
-            "guards": {n: metrics[n]["value"] for n in names if n in metrics},
+            "guards": {n: metrics[n]["value"] for n in GUARDS if n in metrics},
             "reward": mean,
             "first_reward": self.first_reward,
         }
@@ -197,7 +186,7 @@ class Guards(LogFile):
 
 def wrap(values: dict[str, float]) -> dict[str, dict]:
     """Plain numbers in the form of `sft.eval`."""
-    return {name: {"value": value} for name, value in values.items()}
+    return {name: {"value": v, "unit": UNITS.get(name, "share")} for name, v in values.items()}
 
 
 def rank(start: dict, line: dict) -> tuple[bool, int]:

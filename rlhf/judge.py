@@ -12,7 +12,8 @@ from pathlib import Path
 
 import stages
 from pretrain.eval import mean_with_interval, print_metrics, save_metrics
-from rlhf.eval import finished_turns, load_reward_model, score_conversations
+from rlhf.eval import finished_turns
+from rlhf.reward_model import load_reward_model, score_conversations
 from sft.judge import read_judged
 
 

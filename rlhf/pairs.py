@@ -6,8 +6,9 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 
 import stages
-from rlhf.data import IDENTICAL, load_preferences
+from rlhf.data import HOLDS_CONTROL, IDENTICAL, holds_control, load_preferences
 from sft.data import DataSummary, get_first_user, split_rows
+from sft.rendering import control_pattern
 
 COLUMNS = ("prompt", "chosen", "rejected", "flaw")
 NAMED_ROWS = 20
@@ -79,12 +80,14 @@ def fit_pairs(
     Raises:
         ValueError: no pair is left.
     """
-    kept = []
+    control, kept = control_pattern(tokenizer), []
     for row, (_, chosen, rejected) in zip(rows, tokenize_pairs(rows, tokenizer), strict=True):
         if max(len(chosen), len(rejected)) > max_length:
             summary.drop(f"longer than max_length={max_length} tokens", row["source"])
         elif chosen == rejected:  # the template strips, or both differ in what it leaves out
             summary.drop(IDENTICAL, row["source"])
+        elif holds_control(row["prompt"] + row["chosen"] + row["rejected"], control):
+            summary.drop(HOLDS_CONTROL, row["source"])
         else:
             kept.append(row)
     summary.rows_kept = len(kept)

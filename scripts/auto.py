@@ -9,7 +9,6 @@ are chosen by every stage itself (pretrain/hardware.py).
 
 import argparse
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -64,7 +63,12 @@ def look() -> Machine:
     import torch
 
     from pretrain.costs import peak_flops
-    from pretrain.hardware import quiet_logs, training_defaults
+    from pretrain.hardware import (
+        measure_free_memory,
+        measure_host_memory,
+        quiet_logs,
+        training_defaults,
+    )
 
     quiet_logs()
     defaults = training_defaults()
@@ -72,14 +76,10 @@ def look() -> Machine:
     device = "cpu" if defaults["use_cpu"] else "cuda" if gpu else "mps"
     dtype = "bf16" if defaults["bf16"] else "fp16" if defaults["fp16"] else "fp32"
     computed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info, free = Path("/proc/meminfo"), memory // 2  # where the system does not tell
-    if info.is_file():
-        free = int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
     return Machine(
         cores=os.cpu_count() or 1,
-        memory=memory,
-        free=free,
+        memory=measure_host_memory(),
+        free=measure_free_memory(),
         device=device,
         gpu_memory=torch.cuda.get_device_properties(0).total_memory if gpu else 0,
         dtype=dtype,

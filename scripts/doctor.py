@@ -119,13 +119,19 @@ def check_machine() -> list[Finding]:
     """Cores, memory, and what training will use of them."""
     import torch
 
-    from pretrain.hardware import choose_attention, measure_memory, quiet_logs, training_defaults
+    from pretrain.hardware import (
+        choose_attention,
+        measure_free_memory,
+        measure_memory,
+        quiet_logs,
+        training_defaults,
+    )
 
     quiet_logs()
     defaults = training_defaults()
     device = "cpu" if defaults["use_cpu"] else "cuda" if torch.cuda.is_available() else "mps"
     dtype = "bf16" if defaults["bf16"] else "fp16" if defaults["fp16"] else "fp32"
-    free, total = free_memory(), measure_memory()
+    free, total = measure_free_memory(), measure_memory()
     words = {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
              "free": f"{free / 1e9:.1f}", "total": f"{total / 1e9:.1f}"}  # fmt: skip
     used = {"device": device, "dtype": dtype, "attention": choose_attention()}
@@ -137,14 +143,6 @@ def check_machine() -> list[Finding]:
         Finding("ok", "device", used),
         Finding("ok", "compile_there" if compiler else "compile_absent"),
     ]
-
-
-def free_memory() -> int:
-    """Bytes that programs can still get; where the system does not tell, all there is."""
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        return int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_stage(path: Path, is_recipe: bool) -> list[Finding]:

@@ -246,10 +246,11 @@ def sample_answers(
 ) -> None:
     """Sample `args.samples` answers to each task and leave them in its row as `samples`."""
     tasks = [row for row in answers if row["source"] == "task"] if args.samples else []
-    torch.manual_seed(0)
     rows = [{"prompt": row["prompt"]} for row in tasks for _ in range(args.samples)]
     settings = (args.max_new_tokens, args.batch_size, args.temperature)
-    sampled = generate_answers(model, tokenizer, rows, *settings)
+    with torch.random.fork_rng():  # a training that is measured on its way draws as if it were not
+        torch.manual_seed(0)
+        sampled = generate_answers(model, tokenizer, rows, *settings)
     for i, row in enumerate(tasks):
         own = sampled[i * args.samples : (i + 1) * args.samples]
         row["samples"] = [one["answer"] for one in own]

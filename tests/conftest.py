@@ -1,6 +1,7 @@
 """Small, real things that several tests share: a tokenizer, a model, a copy of the repository."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -129,6 +130,14 @@ def pretrain(data_dir, output_dir, own=None, **changes):
     args = PretrainArguments(str(data_dir), config_overrides=sizes, eval_documents=4, **own or {})
     main(args, quick_arguments(output_dir, **changes))
     return read_lines(output_dir / "metrics.jsonl")
+
+
+def load_script(name):
+    """A file of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def read_lines(path):

@@ -1,17 +1,13 @@
 """What `quickstart.sh --auto` chooses for machines that are not there."""
 
-import importlib.util
 
 import pytest
-from conftest import ROOT
+from conftest import load_script
 
 
 @pytest.fixture(scope="module")
 def auto():
-    spec = importlib.util.spec_from_file_location("auto", ROOT / "scripts/auto.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("auto")
 
 
 def machine(auto, **changes):

@@ -1,20 +1,16 @@
 """The doctor names what is wrong, with the line that mends it, in both languages."""
 
 import importlib.metadata
-import importlib.util
 import re
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def doctor():
-    spec = importlib.util.spec_from_file_location("doctor", ROOT / "scripts/doctor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("doctor")
 
 
 @pytest.fixture(autouse=True)

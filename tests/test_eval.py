@@ -125,6 +125,21 @@ def test_files_are_read_no_further_than_max_rows(base_dir, tmp_path):
         list(read_documents([str(path)]))
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_measurement_takes_none_of_a_trainings_random_numbers(base_dir, tmp_path, samples):
+    task = {"prompt": "17+25=?", "answer": "42"}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(task))
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    args = EvalArguments(
+        task_files=[str(tmp_path / "tasks.jsonl")], max_new_tokens=4, samples=samples
+    )
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    _, (answer,) = evaluate_chat(model, load_chat_tokenizer(base_dir), args)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(answer["samples"]) == samples
+
+
 def test_rouge_reads_chinese_by_character():
     assert Words().tokenize("GPT-2 走过 the Mill's 桥。") == [
         "gpt", "2", "走", "过", "the", "mill", "s", "桥",

@@ -13,26 +13,29 @@ import rlhf.guards
 import stages
 from pretrain.callbacks import watch
 from pretrain.checkpoints import save_model, train_or_resume
-from rlhf.guards import describe_falls, find_falls, measure_fall, report_falls, watch_guards
+from rlhf.guards import describe_falls, find_falls, report_falls, watch_guards, wrap
 
 
 def values(**guards):
-    return {name: {"value": value, "n": 100} for name, value in guards.items()}
+    return {name: metric | {"n": 100} for name, metric in wrap(guards).items()}
 
 
 @pytest.mark.parametrize(
     ("name", "before", "after", "fall"),
     [
         ("stop_rate", 0.8, 0.6, 0.25),
-        ("task_accuracy", 0.5, 0.6, -0.2),
-        ("fact_accuracy", 0.0, 0.0, 0.0),  # there is nothing to lose
-        ("repetition", 0.2, 0.4, 0.25),  # of the 80 % that was new
+        ("task_accuracy", 0.5, 0.6, None),
+        ("fact_accuracy", 0.0, 0.0, None),  # there is nothing to lose
+        ("repetition", 0.2, 0.3, 0.5),
+        ("repetition", 0.001, 0.003, None),  # noise, not three times worse
+        ("length", 10.0, 90.0, None),  # neither good nor bad
         ("bits_per_byte", 2.0, 2.5, 0.25),
-        ("bits_per_byte", 2.0, 1.5, -0.25),
+        ("bits_per_byte", 2.0, 1.5, None),
     ],
 )
 def test_a_fall_is_relative_to_what_there_was(name, before, after, fall):
-    assert measure_fall(name, before, after) == pytest.approx(fall)
+    falls = find_falls(values(**{name: before}), values(**{name: after}))
+    assert falls == pytest.approx({name: fall} if fall else {})
 
 
 def test_five_per_cent_is_allowed():
@@ -41,7 +44,7 @@ def test_five_per_cent_is_allowed():
     falls = find_falls(before, after)
     assert falls == pytest.approx({"language_match": 0.06, "bits_per_byte": 0.06})
     assert describe_falls(before, after) == (
-        "language_match 1.000 -> 0.940 (6.0% lost), bits_per_byte 1.000 -> 1.060 (6.0% lost)"
+        "bits_per_byte 1.000 -> 1.060 (6.0% lost), language_match 1.000 -> 0.940 (6.0% lost)"
     )
 
 
@@ -50,7 +53,7 @@ def test_a_stage_is_compared_with_what_it_started_from(tmp_path):
     after = values(stop_rate=0.8, language_match=1.0, **{"reward_score/gain": 0.5})
     sentence = report_falls(tmp_path, after)
     assert "stop_rate 1.000 -> 0.800 (20.0% lost)" in sentence
-    assert sentence.endswith("while the reward rose (0.000 -> 0.500)")
+    assert sentence.endswith("while the reward model's score rose (0.000 -> 0.500)")
     after["stop_rate"]["n"] = 50  # other rows: not comparable
     assert report_falls(tmp_path, after) == "" == report_falls(None, after)
 

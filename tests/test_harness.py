@@ -1,11 +1,10 @@
 """lm-evaluation-harness on a directory: its numbers against log-likelihoods computed here."""
 
-import importlib.util
 import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import load_script
 
 import stages
 
@@ -14,10 +13,7 @@ pytest.importorskip("lm_eval", reason="pip install -r requirements-extras.txt")
 
 @pytest.fixture(scope="module")
 def harness():
-    spec = importlib.util.spec_from_file_location("harness", ROOT / "scripts" / "harness.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("harness")
 
 
 PAIRS = [("The river runs.", "The river run."), ("Who are you?", "Who is you?"), ("a b", "b a")]

@@ -1,22 +1,18 @@
 """What inspect_data.py shows is what the stages train on, and no data can leave its box."""
 
 import html
-import importlib.util
 import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import load_script
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture(scope="module")
 def inspect_data():
-    spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "scripts/inspect_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("inspect_data")
 
 
 @pytest.fixture

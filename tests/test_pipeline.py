@@ -1,17 +1,13 @@
 """The pipeline's own decisions; tests/test_launchers.py runs it."""
 
-import importlib.util
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    spec = importlib.util.spec_from_file_location("pipeline", ROOT / "scripts/pipeline.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("pipeline")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """The report card: what it believes, what it marks, and that no model's words become markup."""
 
 import html.parser
-import importlib.util
 import json
 import re
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 
 import stages
 
@@ -19,10 +19,7 @@ HALF = "\ud800"  # half of a surrogate pair: UTF-8 cannot hold it
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("report")
 
 
 def metric(value, low=None, high=None, n=100, unit="share"):

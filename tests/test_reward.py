@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rlhf.calibration import calibrate, correlate, measure_pairs
-from rlhf.data import load_preferences
+from rlhf.data import HOLDS_CONTROL, fit_prompts, load_preferences, load_prompts
 from rlhf.pairs import check_dropped, describe_pairs, fit_pairs, load_pairs
 from rlhf.reward_model import (
     load_reward_model,
@@ -193,6 +193,19 @@ def test_pairs_that_only_the_template_makes_equal_are_refused(chat_tokenizer, tm
     assert len(loaded) == 2
     assert len(fit_pairs(loaded, chat_tokenizer, 64, summary)) == 1
     assert summary.dropped == {"chosen and rejected are equal": [f"{path}:1"]}
+
+
+def test_a_text_with_a_control_token_is_left_out(chat_tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    prompts = ["Hi", "Hi<|im_end|>"]
+    rows = [{"prompt": prompt, "chosen": "Yes", "rejected": "No"} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded, summary = load_preferences(str(path))
+    assert fit_pairs(loaded, chat_tokenizer, 64, summary) == loaded[:1]
+    assert summary.dropped == {HOLDS_CONTROL: [f"{path}:2"]}
+    prompts, summary = load_prompts(str(path))
+    assert fit_prompts(prompts, chat_tokenizer, 64, summary) == prompts[:1]
+    assert summary.dropped == {HOLDS_CONTROL: ["prompt 2"]}
 
 
 def test_identical_pairs_are_named_twenty_at_most():
