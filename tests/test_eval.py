@@ -137,7 +137,7 @@ def test_a_measurement_takes_none_of_a_trainings_random_numbers(base_dir, tmp_pa
     before = torch.get_rng_state()
     _, (answer,) = evaluate_chat(model, load_chat_tokenizer(base_dir), args)
     assert torch.equal(torch.get_rng_state(), before)
-    assert len(answer["samples"]) == samples
+    assert len(answer.get("samples", [])) == samples
 
 
 def test_rouge_reads_chinese_by_character():
