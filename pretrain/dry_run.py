@@ -4,8 +4,10 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import stages
 from provenance import measure_peak_memory
@@ -15,7 +17,8 @@ class DryRun(TrainerCallback):
     """Ends the process before the first optimizer step, when a whole batch has gone both ways.
 
     Until then everything is real: data, model, rollouts, loss and gradients. So what would stop a
-    run in its first minutes stops this, and a batch that does not fit into memory too.
+    run in its first minutes stops this. The batch is made of the longest rows, so that one which
+    does not fit into memory is met here and not an hour later.
 
     Args:
         trainer: what would train.
@@ -25,6 +28,8 @@ class DryRun(TrainerCallback):
     def __init__(self, trainer: Trainer, run: stages.Run):
         self.trainer, self.run = trainer, run
         self.started_at = 0.0
+        self.rows = len(trainer.train_dataset)
+        self.longest = put_longest_first(trainer)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the clock."""
@@ -37,7 +42,10 @@ class DryRun(TrainerCallback):
             ValueError: the gradient is not finite.
         """
         step_s = time.perf_counter() - self.started_at
-        facts = describe_model(model) | describe_batch(self.trainer, state.max_steps)
+        facts = describe_model(model) | {"rows": f"{self.rows:,}"}
+        facts |= describe_batch(self.trainer.args, state.max_steps)
+        if self.longest is not None:
+            facts["tried"] = f"the longest rows, up to {self.longest:,} tokens"
         facts["gradient"] = describe_gradient(model)
         facts["first_step"] = f"{step_s:.2f} s without the update; the next ones are faster"
         facts["peak_memory"] = f"{measure_peak_memory() / 1e9:.2f} GB"
@@ -73,14 +81,45 @@ def describe_model(model: Any) -> dict[str, str]:
     return {"parameters": f"{total:,} ({where}), {trained:,} trained"}
 
 
-def describe_batch(trainer: Trainer, max_steps: int) -> dict[str, str]:
+def put_longest_first(trainer: Trainer) -> int | None:
+    """Leave the trainer only the longest rows, as many as a step takes: its batch, in any order.
+
+    Returns:
+        Tokens of the longest row; None where the rows are prompts, whose answers come later.
+    """
+    args, lengths = trainer.args, measure_rows(trainer.train_dataset)
+    if lengths is None:
+        return None
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    longest = np.argsort(-lengths, kind="stable")[:batch]
+    trainer.train_dataset = trainer.train_dataset.select(longest)
+    return int(lengths[longest[0]])
+
+
+def measure_rows(rows: Dataset) -> np.ndarray | None:
+    """Tokens of each row, of a pair its longer side; None for rows that are no tokens yet."""
+    sides = {"input_ids", "chosen_ids", "rejected_ids"} & set(rows.column_names)
+    if not sides:
+        return None
+    lengths = []
+    for part in rows.with_format("arrow").iter(batch_size=10_000):
+        columns = {name: part[name].combine_chunks() for name in part.column_names}
+        tokens = {
+            name: np.asarray(column.value_lengths())
+            for name, column in columns.items()
+            if name in sides or name == "prompt_ids"
+        }
+        prompt = tokens.pop("prompt_ids", 0)
+        lengths.append(prompt + np.max(list(tokens.values()), axis=0))
+    return np.concatenate(lengths)
+
+
+def describe_batch(args: TrainingArguments, max_steps: int) -> dict[str, str]:
     """The batch of one step, and what the steps add up to."""
-    args, rows = trainer.args, len(trainer.train_dataset)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     steps = "as many as the minutes hold" if max_steps >= 10**9 else f"{max_steps:,}"
     return {
-        "rows": f"{rows:,}",
         "batch": (
             f"{batch:,} a step = {args.train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulated x {args.world_size} process(es), computed in {precision}"

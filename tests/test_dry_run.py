@@ -1,16 +1,18 @@
 """`--dry_run`: each stage up to its first optimizer step, and nothing written."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
 import torch
 from conftest import SENTENCES
+from datasets import Dataset
 
 import stages
 from commandline import take_dry_run
-from pretrain.dry_run import describe_gradient
+from pretrain.dry_run import describe_gradient, measure_rows
 from pretrain.hardware import training_defaults
 
 
@@ -73,6 +75,8 @@ def test_sft_and_dpo_stop_before_their_first_step(base_dir, tmp_path, monkeypatc
         {"messages": [{"role": "user", "content": f"{q} {i}"}, {"role": "assistant", "content": a}]}
         for i, (q, a) in enumerate(turns)
     ]
+    for number in (4, 17, 29):  # wherever the split is, training has one
+        chats[number]["messages"][0]["content"] = "Who are you, and who is he? " * 3
     pairs = [
         {"prompt": row["messages"][:1], "chosen": "I am LadderLM.", "rejected": "No."}
         for row in chats
@@ -89,6 +93,8 @@ def test_sft_and_dpo_stop_before_their_first_step(base_dir, tmp_path, monkeypatc
         )  # fmt: skip
         assert f"{stage}: dry run, nothing was written" in shown
         assert "4 a step = 4 x 1 accumulated" in shown and "computed in fp32" in shown
+        assert int(re.search(r"\n  rows +(\d+)\n", shown)[1]) > 30, "not the four that are tried"
+        assert int(re.search(r"the longest rows, up to (\d+) tokens", shown)[1]) > 40
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -109,6 +115,16 @@ def test_tokenizer_and_prepare_read_and_write_nothing(
     )  # fmt: skip
     assert "prepare: dry run" in shown
     assert list(tmp_path.iterdir()) == [text]
+
+
+def test_rows_are_as_long_as_what_a_batch_of_them_takes():
+    ids = {"input_ids": [[1] * 3, [1], [1] * 7]}
+    assert measure_rows(Dataset.from_dict(ids)).tolist() == [3, 1, 7]
+    assert measure_rows(Dataset.from_dict(ids).select([2, 0])).tolist() == [7, 3]
+    sides = {"chosen_ids": [[1] * 5, [1]], "rejected_ids": [[], [1] * 2]}
+    pairs = {"prompt_ids": [[1], [1] * 4]} | sides
+    assert measure_rows(Dataset.from_dict(pairs)).tolist() == [6, 6]
+    assert measure_rows(Dataset.from_dict({"prompt": ["Who are you?"]})) is None
 
 
 def test_a_gradient_that_is_not_finite_is_refused():
