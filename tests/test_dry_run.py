@@ -75,8 +75,7 @@ def test_sft_and_dpo_stop_before_their_first_step(base_dir, tmp_path, monkeypatc
         {"messages": [{"role": "user", "content": f"{q} {i}"}, {"role": "assistant", "content": a}]}
         for i, (q, a) in enumerate(turns)
     ]
-    for number in (4, 17, 29):  # wherever the split is, training has one
-        chats[number]["messages"][0]["content"] = "Who are you, and who is he? " * 3
+    chats[17]["messages"][0]["content"] = "Who are you, and who is he? " * 3
     pairs = [
         {"prompt": row["messages"][:1], "chosen": "I am LadderLM.", "rejected": "No."}
         for row in chats
