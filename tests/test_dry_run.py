@@ -75,7 +75,8 @@ def test_sft_and_dpo_stop_before_their_first_step(base_dir, tmp_path, monkeypatc
         {"messages": [{"role": "user", "content": f"{q} {i}"}, {"role": "assistant", "content": a}]}
         for i, (q, a) in enumerate(turns)
     ]
-    chats[17]["messages"][0]["content"] = "Who are you, and who is he? " * 3
+    for number in (4, 17, 29):  # wherever the split is, training has one
+        chats[number]["messages"][0]["content"] = f"Who are you, and who is {number}?"
     pairs = [
         {"prompt": row["messages"][:1], "chosen": "I am LadderLM.", "rejected": "No."}
         for row in chats
@@ -89,11 +90,12 @@ def test_sft_and_dpo_stop_before_their_first_step(base_dir, tmp_path, monkeypatc
             module, monkeypatch, capsys, "--model_name_or_path", base_dir, "--data_files",
             f"{data}.jsonl", "--output_dir", "out", "--max_length", 64, "--use_cpu", "true",
             "--per_device_train_batch_size", 4, "--max_steps", 3, "--bf16", "false",
+            "--validation_share", 0.2,
         )  # fmt: skip
         assert f"{stage}: dry run, nothing was written" in shown
         assert "4 a step = 4 x 1 accumulated" in shown and "computed in fp32" in shown
-        assert int(re.search(r"\n  rows +(\d+)\n", shown)[1]) > 30, "not the four that are tried"
-        assert int(re.search(r"the longest rows, up to (\d+) tokens", shown)[1]) > 40
+        assert int(re.search(r"\n  rows +(\d+)\n", shown)[1]) > 20, "not the four that are tried"
+        assert int(re.search(r"the longest rows, up to (\d+) tokens", shown)[1]) > 31
     assert sorted(tmp_path.iterdir()) == before
 
 
