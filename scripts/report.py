@@ -220,11 +220,12 @@ def compare_scores(results: dict[str, Result]) -> dict[str, Any] | None:
         return None
     values = [score[part] for score in scores.values() for part in ("low", "value", "high")]
     known = [value for value in values if value is not None]
-    rows = [
-        (name, score, results[name].metrics.get("reward_score/gain", {}),
-         apart(scores.get("sft", {}), score))
-        for name, score in scores.items()
-    ]  # fmt: skip
+    rows = []
+    for name, score in scores.items():
+        gain = results[name].metrics.get("reward_score/gain", {})
+        # Paired where it can be: what makes a prompt hard for both then cancels.
+        pair = (gain, {"low": 0, "high": 0}) if gain else (scores.get("sft", {}), score)
+        rows.append((name, score, gain, apart(*pair)))
     return {"rows": rows, "ticks": ticks(min(known), max(known)), "compared": "sft" in scores}
 
 
