@@ -14,6 +14,8 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
     """Train, from the run's checkpoint where there is one; a dry run ends at the first step.
 
     Raises:
-        ValueError: the checkpoint was written by ZeRO on other processes, or without it; or
-            DeepSpeed is not there although it was asked for.
+        ValueError: the checkpoint was written by another stage of ZeRO; or DeepSpeed is not there
+            although it was asked for.
         RuntimeError: saved weights differ from the live ones.
     """
     wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
@@ -43,7 +45,7 @@ def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
             "ACCELERATE_USE_CPU=true or `use_cpu: true` in its file: without it, DS_ACCELERATOR=cpu"
         )
     if run.checkpoint:
-        check_same_sharding(run.checkpoint, trainer)
+        fit_sharding(run.checkpoint, trainer)
     if run.scratch is not None:
         trainer.add_callback(DryRun(trainer, run))
     trainer.add_callback(WholeCheckpoints(trainer, run.checkpoint))
@@ -151,22 +153,80 @@ def zero_stage(trainer: Trainer) -> int:
     return plugin.zero_stage if plugin else 0
 
 
-def check_same_sharding(checkpoint: str | os.PathLike, trainer: Trainer) -> None:
-    """Raise a ValueError where the optimizer's states are cut in other pieces than are needed.
+def fit_sharding(checkpoint: str | os.PathLike, trainer: Trainer) -> None:
+    """Let a checkpoint of another number of processes be loaded, in all processes.
 
-    Without ZeRO every process holds them whole, so any number of processes can go on. ZeRO's are
-    one file a process; transformers would go on without them, and without a word.
+    Without ZeRO every process holds the optimizer's states whole, and any number can go on. ZeRO's
+    are cut in as many pieces as there were processes: they are put together once, beside them, in
+    DeepSpeed's universal form (Lian et al. 2024), which any number of processes can read.
+
+    Raises:
+        ValueError: the checkpoint was written by another stage of ZeRO, or without it; transformers
+            would go on without the optimizer's states, and without a word.
     """
     written = stages.read_json(Path(checkpoint, stages.WHOLE))
-    made = (written["zero_stage"], written["processes"])
-    now = (zero_stage(trainer), trainer.args.world_size)
-    if made != now and (made[0] or now[0]):
+    stage, now = zero_stage(trainer), trainer.args.world_size
+    if written["zero_stage"] != stage:
         raise ValueError(
-            f"{checkpoint} was written with ZeRO stage {made[0]} on {made[1]} processes, this is "
-            f"stage {now[0]} on {now[1]} (0: no ZeRO). Its optimizer states only fit the former: "
-            "start it as before, or start anew from its weights with --model_name_or_path "
-            "and another --output_dir."
+            f"{checkpoint} was written with ZeRO stage {written['zero_stage']}, this is stage "
+            f"{stage} (0: no ZeRO). Its optimizer states only fit the former: start it as before, "
+            "or start anew from its weights with --model_name_or_path and another --output_dir."
         )
+    if stage == 0 or written["processes"] == now:
+        return
+    if stages.is_main_process():
+        print(f"{checkpoint}: from {written['processes']} processes to {now}")
+        make_universal(Path(checkpoint))
+    stages.wait_for_all_processes()
+    settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    settings["checkpoint"] = settings.get("checkpoint", {}) | {"load_universal": True}
+    if stage == 3:
+        trainer.add_callback(MendZero3(trainer, Path(checkpoint)))
+
+
+class MendZero3(TrainerCallback):
+    """What DeepSpeed 0.19 gets wrong where ZeRO-3 reads a universal checkpoint.
+
+    It gives every group of parameters the first one's hyperparameters (weight decay, for one), and
+    all parts of the optimizer one and the same counter of steps, which each of them advances.
+
+    Args:
+        trainer: whose optimizer it is.
+        checkpoint: where the universal one lies.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: Path):
+        self.trainer, self.checkpoint = trainer, checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The checkpoint has been read: put right what it holds."""
+        optimizer = self.trainer.model_wrapped.optimizer.optimizer
+        (path,) = self.checkpoint.glob("global_step*_universal/zero/optimizer_state.pt")
+        saved = torch.load(path, map_location="cpu", weights_only=False)  # this run's own file
+        for group, right in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in right.items() if key != "params"})
+        for part in optimizer.state.values():
+            part["step"] = part["step"].clone()
+
+
+def make_universal(checkpoint: Path) -> None:
+    """Put ZeRO's pieces together, as `global_step*_universal`, and leave them as they are.
+
+    Its last act is to write `latest_universal`: without that file a folder is half of one.
+
+    Raises:
+        RuntimeError: DeepSpeed's converter failed; the message is its own.
+    """
+    if (checkpoint / "latest_universal").is_file():
+        return
+    pieces = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
+    target = checkpoint / f"{pieces.name}_universal"
+    shutil.rmtree(target, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(pieces), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{checkpoint} could not be converted:\n{done.stderr[-2000:]}")
 
 
 def check_saved_weights(model: Any, directory: str | os.PathLike) -> None:

@@ -54,11 +54,12 @@ class Processes:
         trainers = ["pretrain.train", "sft.train", "sft.train_classifier", "rlhf.train_dpo"]
         context.set_forkserver_preload([*trainers, "deepspeed"])
         shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        if ranks > 1:
+        launched = ranks > 1 or "deepspeed" in settings
+        if launched:
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.ranks = []
         for rank in range(ranks):
-            own = {name: str(rank) for name in ("RANK", "LOCAL_RANK")} if ranks > 1 else {}
+            own = {name: str(rank) for name in ("RANK", "LOCAL_RANK")} if launched else {}
             own |= {name: str(ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")} if own else {}
             words = (module, argv, str(self.log), shared | own)
             self.ranks.append(context.Process(target=run_module, args=words))

@@ -1,0 +1,34 @@
+"""ZeRO's checkpoints on another number of processes: nothing of the optimizer is lost."""
+
+import pytest
+from conftest import ROOT
+from processes import PRETRAIN, Processes
+from test_resume import EXACT, assert_close
+
+import stages
+
+pytestmark = pytest.mark.launchers
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks"), [(1, (2, 1)), (2, (2, 1)), (2, (1, 2)), (3, (2, 1)), (3, (1, 2))]
+)
+def test_another_number_of_processes_goes_on(blocks_dir, tmp_path, zero, ranks):
+    settings = PRETRAIN | EXACT | {"data_dir": blocks_dir, "per_device_train_batch_size": 2}
+    settings["weight_decay"] = 0.5  # of matrices, not of the second group
+    settings["deepspeed"] = ROOT / f"configs/deepspeed/zero{zero}.json"
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+
+    def begin(directory, count):
+        batches = {"gradient_accumulation_steps": 4 // count, "output_dir": directory}
+        return Processes("pretrain.train", settings | batches, count)
+
+    begin(whole, ranks[0]).finish()
+    written = changed / "checkpoint-6" / stages.WHOLE
+    assert begin(changed, ranks[0]).kill(written.is_file), "too late"
+    half = written.parent / "global_step6_universal/zero"
+    half.mkdir(parents=True)  # as a conversion leaves it that was killed
+    record = begin(changed, ranks[1]).finish()
+    assert len(record["resumed_from"]) == 1
+    assert (half / "optimizer_state.pt").is_file()
+    assert_close(changed, whole)
