@@ -222,8 +222,9 @@ def make_universal(checkpoint: Path) -> None:
     pieces = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
     target = checkpoint / f"{pieces.name}_universal"
     shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(pieces), "--output_folder", str(target)]
+    command += ["--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{checkpoint} could not be converted:\n{done.stderr[-2000:]}")

@@ -15,8 +15,8 @@ from transformers import GPT2Config, Trainer, TrainerState, TrainingArguments
 import stages
 from pretrain.checkpoints import (
     WholeCheckpoints,
-    fit_sharding,
     check_saved_weights,
+    fit_sharding,
     save_model,
 )
 from pretrain.modeling_gpt import GPT2LMHeadModel

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.launchers
 )
 def test_another_number_of_processes_goes_on(blocks_dir, tmp_path, zero, ranks):
     settings = PRETRAIN | EXACT | {"data_dir": blocks_dir, "per_device_train_batch_size": 2}
+    settings["save_total_limit"] = 9
     settings["weight_decay"] = 0.5  # of matrices, not of the second group
     settings["deepspeed"] = ROOT / f"configs/deepspeed/zero{zero}.json"
     whole, changed = tmp_path / "whole", tmp_path / "changed"
