@@ -17,8 +17,9 @@ from typing import NamedTuple
 import yaml
 
 # Of configs/tiny on 2 cores at REFERENCE_PEAK (matrix products, FLOP/s), from its run.json files:
-# seconds of all stages but pretraining, and the bytes that each took at its peak.
+# seconds of pretraining and of all other stages, and the bytes that each took at its peak.
 REFERENCE_PEAK = 0.91e12
+PRETRAINING_S = 305
 OTHER_STAGES_S = 233
 PEAKS = {"sft": 3.21e9, "reward": 2.36e9, "dpo": 2.28e9, "ppo": 1.88e9, "grpo": 2.59e9}
 LIBRARIES = 0.8e9  # of a peak: stays whatever the batch is
@@ -26,6 +27,7 @@ SHARE = 0.6  # of the memory, at most; and of what is free all but KEPT_FREE
 KEPT_FREE = 1e9
 HARD_SHARE = 0.85  # an allocation beyond it fails, instead of pushing all else into swap
 LEAST_PRETRAINING = 2  # minutes
+AMPLE = 1.5  # times what the recipe's own steps take: then they are enough, its text is small
 SMALL = {"memory": 16e9, "gpu": 8e9, "cores": 8, "minutes": 120}  # what configs/small asks for
 
 
@@ -96,7 +98,8 @@ def choose(machine: Machine, minutes: float, network: bool = False) -> Choice:
     if minutes <= 0:
         raise ValueError(f"minutes is {minutes}: give a positive number")
     ceiling = max(min(SHARE * machine.memory, machine.free - KEPT_FREE), KEPT_FREE)
-    others = OTHER_STAGES_S / 60 * min(max(REFERENCE_PEAK / machine.peak, 0.3), 8)
+    slower = min(max(REFERENCE_PEAK / machine.peak, 0.3), 8)
+    others, whole = OTHER_STAGES_S / 60 * slower, PRETRAINING_S / 60 * slower
     reasons = [
         f"machine: {machine.cores} cores, {machine.memory / 1e9:.1f} GB of memory "
         f"({machine.free / 1e9:.1f} free), {machine.device}, {machine.dtype} at "
@@ -112,12 +115,15 @@ def choose(machine: Machine, minutes: float, network: bool = False) -> Choice:
             f"other stages alone take about {others:.0f} of {minutes:g} minutes"
         )
         return Choice("smoke", [], reasons)
-    pretraining = round(minutes - others, 1)
-    reasons.append(
-        f"recipe: tiny; about {others:.0f} minutes for its other stages, and so {pretraining:g} "
-        f"of {minutes:g} for pretraining"
-    )
-    settings = [f"pretrain.minutes={pretraining:g}"]
+    pretraining, settings = round(minutes - others, 1), []
+    if pretraining >= AMPLE * whole:
+        reasons.append(f"recipe: tiny as it is; about {others + whole:.0f} of {minutes:g} minutes")
+    else:
+        reasons.append(
+            f"recipe: tiny; about {others:.0f} minutes for its other stages, and so "
+            f"{pretraining:g} of {minutes:g} for pretraining"
+        )
+        settings.append(f"pretrain.minutes={pretraining:g}")
     for stage, peak in PEAKS.items():
         parts = count_parts(peak, ceiling)
         if parts > 1:

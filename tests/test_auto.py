@@ -16,9 +16,12 @@ def machine(auto, **changes):
 
 
 def test_a_laptop_gets_tiny_and_the_rest_of_the_time_for_pretraining(auto):
-    choice = auto.choose(machine(auto), 15)
+    choice = auto.choose(machine(auto), 10)
     assert choice.recipe == "tiny"
-    assert choice.settings == ["pretrain.minutes=11.1"]  # 15 minutes less 233 s
+    assert choice.settings == ["pretrain.minutes=6.1"]  # 10 minutes less 233 s
+    ample = auto.choose(machine(auto), 20)
+    assert (ample.recipe, ample.settings) == ("tiny", [])  # its steps: more would be repetition
+    assert "about 9 of 20 minutes" in ample.reasons[-1]
 
 
 def test_no_time_or_a_slow_machine_gets_smoke_with_the_reason(auto):
