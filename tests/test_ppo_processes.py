@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import stages
 from rlhf.train_ppo import PPOArguments, choose_reward_funcs
 
+ZERO2 = {"deepspeed": ROOT / "configs/deepspeed/zero2.json"}
 FILES = ("model.safetensors", "value_model/model.safetensors")
 
 
@@ -36,14 +37,26 @@ def settings(base_dir, tiny_config, tokenizer, tmp_path_factory):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("step", [4, 6])  # between two rollouts, and within one
-def test_a_killed_run_ends_in_the_same_policy_and_critic(settings, tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "ranks", "zero"),
+    [
+        (4, 1, {}),  # between two rollouts
+        (6, 1, {}),  # within one
+        pytest.param(4, 2, {}, marks=pytest.mark.launchers),
+        pytest.param(4, 2, ZERO2, marks=pytest.mark.launchers),
+    ],
+)
+def test_a_killed_run_ends_in_the_same_policy_and_critic(settings, tmp_path, step, ranks, zero):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    Processes("rlhf.train_ppo", settings | {"output_dir": whole}).finish()
+
+    def begin(directory):
+        batch = {"per_device_train_batch_size": 4 // ranks, "output_dir": directory}
+        return Processes("rlhf.train_ppo", settings | batch | zero, ranks)
+
+    begin(whole).finish()
     written = killed / f"checkpoint-{step}" / stages.WHOLE
-    process = Processes("rlhf.train_ppo", settings | {"output_dir": killed})
-    assert process.kill(written.is_file), "too late"
-    record = Processes("rlhf.train_ppo", settings | {"output_dir": killed}).finish()
+    assert begin(killed).kill(written.is_file), "too late"
+    record = begin(killed).finish()
     assert len(record["resumed_from"]) == 1
     for name in FILES:
         expected, resumed = load_file(whole / name), load_file(killed / name)
@@ -57,7 +70,7 @@ def test_a_killed_run_ends_in_the_same_policy_and_critic(settings, tmp_path, ste
 
 
 @pytest.mark.launchers
-@pytest.mark.parametrize("zero", [{}, {"deepspeed": ROOT / "configs/deepspeed/zero2.json"}])
+@pytest.mark.parametrize("zero", [{}, ZERO2], ids=["ddp", "zero2"])
 def test_two_ranks_train_one_policy_and_one_critic(settings, base_dir, tmp_path, zero):
     halves = {"per_device_train_batch_size": 2, "max_steps": 4, "output_dir": tmp_path / "two"}
     Processes("rlhf.train_ppo", settings | halves | zero, ranks=2).finish()
