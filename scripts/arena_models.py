@@ -17,18 +17,17 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import stages
 from rlhf.eval import load_reward_model, score_conversations
 from sft.eval import load_for_generation
 from sft.model import context_length
 from sft.verifiers import verify
+from tokenizer.vocabulary import readable
 
 ANSWERING = ("pretrain", "sft", "dpo", "ppo", "grpo")  # the stages that say something
 ALTERNATIVES = 5
 ROOM = 32  # tokens for an answer; older turns are forgotten until they fit
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 @dataclass
@@ -177,10 +176,7 @@ class Contestant:
     def show(self, token: int) -> str:
         """A token as text; bytes that are no whole character as <E4 B8>."""
         text = self.tokenizer.decode([token])
-        spelled = self.tokenizer.convert_ids_to_tokens(token) or ""
-        if "\ufffd" in text and all(character in BYTE_OF for character in spelled):
-            return "<" + " ".join(f"{BYTE_OF[character]:02X}" for character in spelled) + ">"
-        return text
+        return readable(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
 
 
 def find_contestants(directories: Sequence[str]) -> dict[str, str]:

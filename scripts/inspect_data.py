@@ -162,7 +162,7 @@ def look_at_chats(view: View, shown: int, args: Any, training_args: Any, model_a
     tokenizer = load_chat_tokenizer(base, training_args.chat_template_path)
     rows, summary = load_mixture(args.data_files, training_args.seed)
     rendered, kept = render(rows[:COUNTED], tokenizer, max_length=10**9)
-    view.notes += [*str(summary).splitlines(), *str(kept).splitlines()]
+    view.notes += dict.fromkeys([*str(summary).splitlines(), *str(kept).splitlines()])
     context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
     view.limit = training_args.max_length or context
     view.beyond = "left out: cut, they would teach no end"
@@ -209,6 +209,7 @@ def look_at_pairs(view: View, shown: int, args: Any, training_args: Any, model_a
         first = start if view.stage == "dpo" else 10**9  # a reward model learns from a score
         pairs.append([Sequence(ids, [i >= first for i, _ in enumerate(ids)]) for ids in sides])
     count_rows(view, tokenizer, [max(pair, key=lambda one: len(one.ids)) for pair in pairs])
+    view.duplicates = len(pairs) - len({tuple(tuple(one.ids) for one in pair) for pair in pairs})
     for row, pair in islice(zip(rows, pairs, strict=False), shown):
         differs = find_differences(*(one.ids for one in pair))
         sides = []
@@ -317,11 +318,11 @@ def make_boxes(tokenizer: Any, one: Sequence, differs: set[int] = frozenset()) -
 
 
 def histogram(view: View) -> list[tuple[int, int, int]]:
-    """(from, to, rows) of equal steps from 0 to the longest row."""
-    step = max(1, -(-max([*view.lengths, view.limit or 0], default=1) // BARS))
-    counts = Counter(min(length // step, BARS) for length in view.lengths)
-    last = max([*counts, (view.limit or 0) // step])
-    return [(i * step, (i + 1) * step - 1, counts[i]) for i in range(last + 1)]
+    """(from, to, rows) of equal steps from 1 to the longest row, or to the limit."""
+    longest = max([*view.lengths, view.limit or 1], default=1)
+    step = -(-longest // BARS)
+    counts = Counter(max(length - 1, 0) // step for length in view.lengths)
+    return [(i * step + 1, (i + 1) * step, counts[i]) for i in range(-(-longest // step))]
 
 
 def summarize(view: View) -> list[tuple[str, str]]:

@@ -75,6 +75,8 @@ def test_pairs_stand_beside_each_other_and_differ_where_they_differ(inspect_data
     assert said(chosen, "trained") == "I am LadderLM.<|im_end|>\n"
     assert "LadderLM" in said(chosen, "differs") and said(rejected, "differs") in ("", ".")
     assert "Who" not in said(chosen, "differs")
+    other = pair | {"rejected": "Who?"}  # the longer sides are alike, the pairs are not
+    assert inspect_data.look(write("dpo", [pair, other], max_length=64), 10).duplicates == 0
     view = inspect_data.look(write("reward", [pair], max_length=64), 10)
     for side in view.rows[0][1]:
         assert [i for i, box in enumerate(side.boxes) if "score" in box.flags] == [
@@ -118,3 +120,11 @@ def test_the_page_is_one_file_and_data_stays_text(inspect_data, write):
 def test_a_yaml_that_is_no_stage_is_refused(inspect_data):
     with pytest.raises(ValueError, match="name it after its stage, one of tokenizer, prepare"):
         inspect_data.look("configs/tiny/eval.yaml", 3)
+
+
+def test_a_row_as_long_as_the_limit_is_not_beyond_it(inspect_data):
+    view = inspect_data.View("sft", "sft.yaml", limit=64, lengths=[64, 63, 1, 65, 130])
+    bars = inspect_data.histogram(view)
+    assert bars[0] == (1, 5, 1) and bars[12] == (61, 65, 3) and bars[-1] == (126, 130, 1)
+    view.lengths = [64, 64]
+    assert inspect_data.histogram(view)[-1] == (63, 64, 2)

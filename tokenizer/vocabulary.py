@@ -5,6 +5,7 @@ what is only a part of a character is shown as its bytes, as in <E4 BD>.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -38,14 +39,15 @@ def is_bare_byte(entry: str) -> bool:
 
 
 def readable(entry: str) -> str:
-    """An entry as text; the bytes of a part of a character in hex."""
+    """An entry as text; bytes that are only a part of a character in hex, as in 是<E4 BD>."""
     raw = entry_bytes(entry)
     if raw is None:
         return entry
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return f"<{raw.hex(' ').upper()}>"
+
+    def spell(part: re.Match) -> str:
+        return f"<{part[0].encode(errors='surrogateescape').hex(' ').upper()}>"
+
+    return re.sub("[\udc80-\udcff]+", spell, raw.decode(errors="surrogateescape"))
 
 
 def longest_entries(tokenizer: Any, count: int = 12) -> list[str]:
