@@ -302,11 +302,9 @@ def summarize(args: PrepareArguments, sources: dict[str, Source]) -> dict[str, A
             )
         if report["empty"]:
             print(f"prepare: {name or 'all'}: {report['empty']:,} rows without text left out")
+    bad_rows.report("prepare", args.output_dir)
     if bad_rows.messages:
-        path = Path(args.output_dir) / "bad_rows.txt"
-        bad_rows.write(path)
         summary["bad_rows"] = {"rows": len(bad_rows.messages), "first": bad_rows.messages[:10]}
-        print(f"prepare: {bad_rows}\n  all of them: {path}")
     return summary
 
 

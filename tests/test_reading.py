@@ -122,7 +122,7 @@ def test_bad_rows_are_counted_listed_and_written(write, tmp_path):
     found = [message.split(": ", 1)[0].rsplit(":", 1)[1] for message in bad_rows.messages]
     assert found == ["2", "3", "4", "5", "6", "8"] and bad_rows.count == 6
     assert 'such as {"text": "Once upon' in bad_rows.messages[0]
-    bad_rows.write(tmp_path / "bad_rows.txt")
+    bad_rows.report("prepare", tmp_path)
     assert len((tmp_path / "bad_rows.txt").read_text().splitlines()) == 6
     with pytest.raises(ValueError, match=r"x.jsonl:2: malformed JSON.*Expected an object a line"):
         list(read_documents(path))

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 from conftest import ROOT, SENTENCES
+from transformers import AutoTokenizer
 
 from tokenizer.eval import HOSTILE, compare, detect_language, evaluate_tokenizer, load_tokenizer
 from tokenizer.special_tokens import SPECIAL_TOKENS
-from tokenizer.train import train_bpe, wrap
+from tokenizer.train import TokenizerArguments, main, train_bpe, wrap
 from tokenizer.vocabulary import byte_of, entry_bytes, readable, write_vocabulary
 
 MESSAGES = [
@@ -87,6 +88,32 @@ def test_the_same_bytes_in_give_the_same_files_out(tmp_path):
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "eval.json")
         made.append([(out / name).read_bytes() for name in names])
     assert made[0] == made[1]
+
+
+def test_other_encodings_and_bad_rows_are_read_as_by_prepare(tmp_path, capsys):
+    text = [f"小河流过村庄。The river {i} runs past the village." for i in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(text), encoding="gbk")
+    rows = [json.dumps({"text": line}, ensure_ascii=False) for line in text]
+    rows[7] = '{"text": '
+    (tmp_path / "b.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    out = tmp_path / "out"
+    given = {"output_dir": str(out), "vocab_size": 400}
+    for name, message, mended in (
+        ("a.txt", "a.txt:1: not UTF-8", {"encoding": "gbk"}),
+        ("b.jsonl", "b.jsonl:8", {"on_bad_row": "skip"}),
+    ):
+        given["data_files"] = [str(tmp_path / name)]
+        with pytest.raises(ValueError, match=message):
+            main(TokenizerArguments(**given))
+        main(TokenizerArguments(**given | mended))
+        vocabulary = AutoTokenizer.from_pretrained(out).get_vocab()
+        assert any("小河" in readable(entry) for entry in vocabulary)
+    assert json.loads((out / "run.json").read_text())["data"] == {
+        "documents": 199, "bytes": len("".join(text[:7] + text[8:]).encode()), "halved_runs": 0,
+        "bad_rows": 1,
+    }  # fmt: skip
+    assert (out / "bad_rows.txt").read_text(encoding="utf-8").count("\n") == 1
+    assert "1 rows could not be read and were left out" in capsys.readouterr().out
 
 
 def test_vocabulary_without_room_for_bytes_is_refused():

@@ -29,10 +29,13 @@ class BadRows:
         self.messages.append(message)
         self.count += 1
 
-    def write(self, path: str | os.PathLike) -> None:
-        """Write the messages to a file, one a line."""
-        lines = (message.replace("\n", "\\n") + "\n" for message in self.messages)
-        Path(path).write_text("".join(lines), encoding="utf-8")
+    def report(self, stage: str, directory: str | os.PathLike) -> None:
+        """Print the first messages and write all to `bad_rows.txt`, one a line; or do nothing."""
+        if self.messages:
+            path = Path(directory, "bad_rows.txt")
+            lines = (message.replace("\n", "\\n") + "\n" for message in self.messages)
+            path.write_text("".join(lines), encoding="utf-8")
+            print(f"{stage}: {self}\n  all of them: {path}")
 
     def __str__(self) -> str:
         shown = self.messages[:SHOWN]

@@ -109,11 +109,6 @@ def _metric(value: float, n: int, unit: str) -> dict[str, Any]:
     return {"value": value, "n": n, "unit": unit}
 
 
-def read_by_language(data_files: list[str]) -> dict[str, list[str]]:
-    """Documents by the language that most of their letters belong to: `zh` or `en`."""
-    return group_by_language(read_documents(data_files))
-
-
 def group_by_language(texts: Iterable[str]) -> dict[str, list[str]]:
     """Texts by the language that most of their letters belong to."""
     documents = defaultdict(list)
@@ -159,7 +154,7 @@ def compare(tokenizers: dict[str, Any], files: list[str]) -> str:
     everything = dict.fromkeys(tokenizers, Score(0, 0, 0, 0, 0, 0))
     lines = [_row("", tokenizers, width)]
     for path in list_files(files):
-        for language, texts in sorted(read_by_language([str(path)]).items()):
+        for language, texts in sorted(group_by_language(read_documents(str(path))).items()):
             scores = {name: measure(t, texts, used[name]) for name, t in tokenizers.items()}
             for name, score in scores.items():
                 total = zip(everything[name], score, strict=True)

@@ -13,8 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from tokenizer.corpus import read_documents
-
 SHUFFLED_AT_ONCE = 1 << 24  # characters in a source's buffer: a few thousand web pages
 T = TypeVar("T")
 
@@ -73,11 +71,11 @@ def check_budget(data_files: list[str], budget: int | None, name: str) -> None:
         raise ValueError(f"{name}={budget} must be above 0")
 
 
-def open_sources(shares: dict[str, float], seed: int) -> dict[str, Iterator[str]]:
-    """The documents of each source, in an order that `seed` decides."""
-    return {
-        name: shuffle(read_documents(name), random.Random(f"{seed} {name}")) for name in shares
-    }
+def open_sources(
+    shares: dict[str, float], seed: int, read: Callable[[str], Iterable[str]]
+) -> dict[str, Iterator[str]]:
+    """The documents that `read` finds in each source, in an order that `seed` decides."""
+    return {name: shuffle(read(name), random.Random(f"{seed} {name}")) for name in shares}
 
 
 def shuffle(documents: Iterable[str], rng: random.Random) -> Iterator[str]:

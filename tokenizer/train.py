@@ -9,14 +9,15 @@ Writes  a directory that AutoTokenizer loads, with the chat template; eval.json;
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import stages
-from tokenizer.corpus import read_documents
-from tokenizer.eval import evaluate_tokenizer, group_by_language, read_by_language
+from tokenizer.corpus import BadRows, read_documents
+from tokenizer.eval import evaluate_tokenizer, group_by_language
 from tokenizer.mixture import check_budget, interleave, open_sources, parse_shares, take
 from tokenizer.pieces import Pieces
 from tokenizer.special_tokens import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
@@ -39,6 +40,12 @@ class TokenizerArguments:
     )
     max_token_length: int = field(default=16, metadata={"help": "longest entry, in UTF-8 bytes"})
     model_max_length: int = field(default=1024, metadata={"help": "context of the model, tokens"})
+    encoding: str | None = field(
+        default=None, metadata={"help": "of text that is not UTF-8: its name, or auto"}
+    )
+    on_bad_row: str = field(
+        default="raise", metadata={"help": "raise, or skip: count rows that cannot be read"}
+    )
 
 
 def main(args: TokenizerArguments) -> None:
@@ -48,34 +55,44 @@ def main(args: TokenizerArguments) -> None:
     check_budget(args.data_files, args.max_bytes, "max_bytes")
     data_files = [*parse_shares(args.data_files), *args.validation_files]
     run = stages.start_run("tokenizer", args.output_dir, [args], data_files=data_files)
-    documents, held_out = read_text(args)
+    bad_rows = BadRows(args.on_bad_row)
+    documents, held_out = read_text(args, bad_rows)
     if run.scratch is not None:
         run.end_dry_run(**count_text(documents, held_out))
     pieces = Pieces(show_progress(documents))
     bpe = train_bpe(pieces, args.vocab_size, args.max_token_length)
     print(describe(pieces))
+    bad_rows.report("tokenizer", args.output_dir)
     tokenizer = wrap(bpe, args.model_max_length)
     tokenizer.save_pretrained(args.output_dir)
     is_held_out = bool(args.validation_files or args.max_bytes)
     counts = {"documents": pieces.documents, "bytes": pieces.size, "halved_runs": pieces.halved}
+    counts["bad_rows"] = bad_rows.count
     run.finish(evaluate_tokenizer(tokenizer, held_out), held_out=is_held_out, data=counts)
 
 
-def read_text(args: TokenizerArguments) -> tuple[Iterable[str], dict[str, list[str]]]:
+def read_text(
+    args: TokenizerArguments, bad_rows: BadRows
+) -> tuple[Iterable[str], dict[str, list[str]]]:
     """The training documents, and held-out ones by language.
 
     Of a mixture `max_bytes` are taken, each source by its share. Without validation_files a
     hundredth more of it, from its beginning, is held out; of other files the training text itself
     is measured.
+
+    Args:
+        bad_rows: where those of what is trained on are counted.
     """
+    read = partial(read_documents, encoding=args.encoding, bad_rows=bad_rows)
+    measure = partial(read, bad_rows=BadRows(args.on_bad_row))  # no row is counted twice
     if args.max_bytes is None:
-        return read_documents(args.data_files), read_by_language(
-            args.validation_files or args.data_files
+        return read(args.data_files), group_by_language(
+            measure(args.validation_files or args.data_files)
         )
     shares = parse_shares(args.data_files)
-    mixed = interleave(open_sources(shares, SEED), shares, _count_bytes)
+    mixed = interleave(open_sources(shares, SEED, read), shares, _count_bytes)
     if args.validation_files:
-        held_out = read_by_language(args.validation_files)
+        held_out = group_by_language(measure(args.validation_files))
     else:
         held_out = group_by_language(take(mixed, args.max_bytes / 100, _count_bytes))
     return take(mixed, args.max_bytes, _count_bytes), held_out
