@@ -127,7 +127,8 @@ def sample_outcomes(
     ]
     pairs = zip(reward_funcs, scores, strict=True)
     right = next((score for function, score in pairs if function is verifiable_reward), [])
-    cut = [ids[-1] != tokenizer.eos_token_id for ids in completions]
+    ends = find_ends(model, tokenizer)
+    cut = [ids[-1] not in ends for ids in completions]
     parts = [[values[i : i + k] for values in (totals, right, cut)] for i in range(0, len(cut), k)]
     return [Outcome(row.get("level", 1), *part) for row, part in zip(rows, parts, strict=True)]
 
@@ -138,17 +139,25 @@ def sample_answers(model: Any, tokenizer: Any, prompts: list, args: GRPOConfig) 
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
         tokenizer_kwargs={"padding_side": "left"},
     ).to(model.device)  # fmt: skip
-    end = tokenizer.eos_token_id
+    ends = find_ends(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=args.max_completion_length, do_sample=True, temperature=args.temperature,
-        top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, eos_token_id=end,
+        top_p=args.top_p, top_k=args.top_k, min_p=args.min_p, eos_token_id=ends,
         repetition_penalty=args.repetition_penalty, pad_token_id=tokenizer.pad_token_id,
         num_return_sequences=args.num_generations,
     )  # fmt: skip
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
         ids = model.generate(**inputs, generation_config=config)
     answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
-    return [one[: one.index(end) + 1] if end in one else one for one in answers]
+    lengths = (next((n for n, i in enumerate(one, 1) if i in ends), None) for one in answers)
+    return [one[:length] for one, length in zip(answers, lengths, strict=True)]
+
+
+def find_ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer while GRPO trains, as TRL's `GRPOTrainer` collects them."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
 
 
 def show_outcomes(outcomes: Sequence[Outcome], args: GRPOConfig) -> str:

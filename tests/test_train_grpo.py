@@ -137,3 +137,8 @@ def test_a_probe_samples_as_the_training_does(base_dir, tmp_path, capsys):
     random = torch.rand(1)
     torch.manual_seed(args.seed)
     assert random == torch.rand(1), "the probe leaves the random state of the seed"
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))  # as TRL: each of them ends
+    with pytest.raises(ValueError, match="0 of 2 prompts"):
+        require_mixed_outcomes(model, tokenizer, rows, functions, args, prompts=9)
+    assert [len(one) for one in given[1][1]] == [1] * 8
+    assert "\n0% of the answers are cut off" in capsys.readouterr().out
