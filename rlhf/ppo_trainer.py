@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import AutoModelForSequenceClassification
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, get_config_model_id
@@ -44,21 +45,32 @@ def backbone_inputs(input_ids, attention_mask) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
 
 
+def trim(input_ids, attention_mask, length: int):
+    """Both (B, L) without the columns at their ends in which no row has a token; `length` of them
+    less, and how many were cut on the right. A minibatch is narrower than its rollout."""
+    used = attention_mask.any(dim=0).nonzero()
+    start, stop = used[0].item(), max(used[-1].item() + 1, input_ids.shape[1] - length + 1)
+    cut = input_ids.shape[1] - stop
+    return input_ids[:, start:stop], attention_mask[:, start:stop], length - cut, cut
+
+
 def token_logps(policy, input_ids, attention_mask, length: int):
     """Log-probability and entropy (B, T) of the last `length` tokens of `input_ids` (B, P + T)."""
+    input_ids, attention_mask, length, cut = trim(input_ids, attention_mask, length)
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     labels[:, :-length] = -100
     inputs = backbone_inputs(input_ids, attention_mask)
     output = policy(**inputs, labels=labels, fused_lm_head=True)  # TRL's: logits / temperature
-    entropy = None if output.entropy is None else output.entropy[:, -length:]
-    return output.log_probs[:, -length:], entropy
+    entropy = None if output.entropy is None else pad(output.entropy[:, -length:], (0, cut))
+    return pad(output.log_probs[:, -length:], (0, cut)), entropy
 
 
 def token_values(value_model, input_ids, attention_mask, length: int) -> torch.Tensor:
     """The critic's value (B, T) before each of the last `length` tokens of `input_ids`."""
+    input_ids, attention_mask, length, cut = trim(input_ids, attention_mask, length)
     inputs = backbone_inputs(input_ids, attention_mask)
     hidden = value_model.base_model(**inputs, use_cache=False).last_hidden_state
-    return value_model.score(hidden[:, -length - 1 : -1]).squeeze(-1).float()
+    return pad(value_model.score(hidden[:, -length - 1 : -1]).squeeze(-1).float(), (0, cut))
 
 
 class PolicyAndValueModel(nn.Module):

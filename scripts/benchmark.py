@@ -5,6 +5,7 @@
     python scripts/benchmark.py shakespeare --text shakespeare.txt
     python scripts/benchmark.py rollout [--model output/tiny/sft]
     python scripts/benchmark.py prepare --tokenizer output/tiny/tokenizer --megabytes 500
+    python scripts/benchmark.py ppo --trl_python OTHER/bin/python
 
 `pretrain` starts a fresh process for each model size, variant and repeat, the variants in turn, so
 that a machine whose speed drifts does so for all of them. Each process measures the peak of this
@@ -363,9 +364,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, default in (("rows", 64), ("prompt_tokens", 32), ("new_tokens", 64), ("repeats", 3)):
         rollout.add_argument(f"--{name}", type=int, default=default)
     rollout.add_argument("--json", type=Path, help="also write the numbers there")
-    from benchmark_prepare import add_commands
+    import benchmark_ppo
+    import benchmark_prepare
 
-    add_commands(commands)
+    benchmark_prepare.add_commands(commands)
+    benchmark_ppo.add_commands(commands)
     one = commands.add_parser("measure", help="one variant, in this process, as JSON")
     one.add_argument("size", choices=SIZES)
     one.add_argument("variant", choices=VARIANTS)
@@ -385,7 +388,7 @@ def main(args: argparse.Namespace) -> None:
 
         sizes = (args.rows, args.prompt_tokens, args.new_tokens)
         print_table(result := benchmark_rollouts(args.model, *sizes, args.repeats))
-    elif args.command in ("prepare", "measure_prepare"):
+    elif args.command in ("prepare", "measure_prepare", "ppo"):
         result = args.run(args)
     else:
         result = benchmark_shakespeare(args.text, args.seconds)
