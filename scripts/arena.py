@@ -161,6 +161,7 @@ def build(arena: Arena) -> Any:
 
         def answer(turns, prompt, chosen, right, verifier, *knobs):
             sampling = arena_models.Sampling(*knobs)
+            prompt, right = prompt or "", right or ""  # null where nobody has opened the field
             try:
                 for now in arena.answer(turns, prompt, chosen, right, verifier, sampling):
                     yield now, arena_page.render(now), "", "", gr.skip()

@@ -174,7 +174,7 @@ class Contestant:
                 return
 
     def show(self, token: int) -> str:
-        """A token as text; bytes that are no whole character as <E4 B8>."""
+        """A token as text; bytes that are no whole character as <E4B8>."""
         text = self.tokenizer.decode([token])
         return readable(self.tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
 

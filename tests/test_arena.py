@@ -26,20 +26,23 @@ def scripts():
 
 
 @pytest.fixture(scope="module")
-def recipe(base_dir, tokenizer, tmp_path_factory):
+def recipe(tiny_config, base_dir, tokenizer, tmp_path_factory):
     """A recipe with a base model, an SFT model, a reward model and a report card."""
-    from transformers import GPT2Config, GPT2ForSequenceClassification
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
     recipe = tmp_path_factory.mktemp("output") / "toy"
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(**tiny_config.to_dict() | {"n_positions": 256}))
     for stage in ("pretrain", "sft"):
         shutil.copytree(base_dir, recipe / stage)
+        model.save_pretrained(recipe / stage)
         record = {"finished": True, "stage": stage, "outputs": stages.hash_outputs(recipe / stage)}
         stages.write_json(recipe / stage / "run.json", record)
         config = stages.read_json(recipe / stage / "generation_config.json")
         stages.write_json(
             recipe / stage / "generation_config.json", config | {"eos_token_id": [3, 5]}
         )
-    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 256}
     config = GPT2Config(**sizes, vocab_size=len(tokenizer), num_labels=1, pad_token_id=0)
     torch.manual_seed(0)
     GPT2ForSequenceClassification(config).save_pretrained(recipe / "reward")
@@ -131,10 +134,10 @@ def test_old_turns_are_forgotten_aloud_and_a_long_prompt_is_refused(scripts, are
     models = scripts("arena_models")
     one = arena.contestant("sft")
     turn = [*ask("The river runs past the mill."), {"role": "assistant", "content": "Yes."}]
-    ids, note = one.prompt_ids([*turn * 6, *ask("Who are you?")])
-    assert len(ids) <= 64 - 16 and note.split()[0] in ("8", "10", "12")
+    ids, note = one.prompt_ids([*turn * 24, *ask("Who are you?")])
+    assert len(ids) <= 256 - 16 and int(note.split()[0]) in range(24, 48, 2)
     assert "Who are you?" in one.tokenizer.decode(ids)
-    answer = last(one.answer(ask("river 12 " * 40), models.Sampling()))
+    answer = last(one.answer(ask("river 12 " * 160), models.Sampling()))
     assert answer.state == "failed" and "too long" in answer.note and not answer.tokens
 
 
@@ -229,9 +232,9 @@ def test_in_a_browser(arena, address, browser, tmp_path):
     page.goto(address)
     page.fill("#prompt textarea", HOSTILE)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#session .card.cut, #session .card.stopped")
+    page.wait_for_selector("#session .card")
     page.wait_for_function("!document.querySelector('#session .writing')")
-    assert page.locator("#session .card").count() == 2
+    assert page.locator("#session .card.cut, #session .card.stopped").count() == 2
     assert page.locator("#session .said").inner_text() == HOSTILE
     assert page.locator("#session img, #session script").count() == 0
     assert "owned" not in page.title()

@@ -1,7 +1,7 @@
 """A byte-level vocabulary as a person can read it.
 
 Byte-level BPE writes each byte as a visible character ("ä½ł" for 你). Here entries are text again;
-what is only a part of a character is shown as its bytes, as in <E4 BD>.
+what is only a part of a character is shown as its bytes, as in <E4BD>.
 """
 
 import json
@@ -39,13 +39,13 @@ def is_bare_byte(entry: str) -> bool:
 
 
 def readable(entry: str) -> str:
-    """An entry as text; bytes that are only a part of a character in hex, as in 是<E4 BD>."""
+    """An entry as text; bytes that are only a part of a character in hex, as in 是<E4BD>."""
     raw = entry_bytes(entry)
     if raw is None:
         return entry
 
     def spell(part: re.Match) -> str:
-        return f"<{part[0].encode(errors='surrogateescape').hex(' ').upper()}>"
+        return f"<{part[0].encode(errors='surrogateescape').hex().upper()}>"
 
     return re.sub("[\udc80-\udcff]+", spell, raw.decode(errors="surrogateescape"))
 
