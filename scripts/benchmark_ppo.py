@@ -170,11 +170,12 @@ def train_with_trl(job: dict) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["sft"])
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = "<|im_end|>"  # what it looks for where answers without an end pay
+    tokenizer.padding_side = "left"
     judge = AutoModelForSequenceClassification
     config = PPOConfig(
         str(directory), seed=job["seed"], use_cpu=True, bf16=False, gradient_checkpointing=False,
         learning_rate=job["learning_rate"], lr_scheduler_type="constant", max_grad_norm=1.0,
-        per_device_train_batch_size=MINIBATCH, gradient_accumulation_steps=1,
+        per_device_train_batch_size=MINIBATCH * MINIBATCHES,  # of a rollout
         num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS, stop_token_id=stop,
         total_episodes=job["rollouts"] * MINIBATCH * MINIBATCHES, temperature=1.0,
         response_length=job["max_completion_length"], kl_coef=job["beta"],
