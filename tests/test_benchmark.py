@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and that each runs; what they measure is no test's business."""
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_script
 from transformers import GPT2Config
 
 from pretrain.modeling_gpt import GPT2LMHeadModel
@@ -102,3 +103,31 @@ def test_the_corpus_that_is_made(tmp_path):
     assert 0.3e6 <= paths[0].stat().st_size < 0.35e6
     assert len(set(texts)) == len(texts) and 0.2 < sum("小" in t for t in texts) / len(texts) < 0.8
     assert max(map(len, texts)) > 4_000 and min(map(len, texts)) < 300
+
+
+def test_both_ppos_get_the_same_settings(tmp_path, capsys):
+    """The stage's own parser takes our words; TRL's job has the same numbers."""
+    from trl import ModelConfig
+
+    import rlhf.train_ppo as stage
+    import stages
+
+    ppo = load_script("benchmark_ppo")
+    parser = argparse.ArgumentParser()
+    ppo.add_commands(parser.add_subparsers())
+    args = parser.parse_args(["ppo", "--trl_python", "other/python", "--rollouts", "6"])
+    words = ppo.our_command(args, tmp_path, tmp_path / "prompts.json", every=3, seed=5)
+    assert words[1:3] == ["-m", "rlhf.train_ppo"]
+    classes = [stage.PPOArguments, stage.PPOConfig, ModelConfig]
+    _, ours, _ = stages.parse_args(classes, [*words[3:], "--use_cpu", "true"])
+    python, _, job = ppo.trl_command(args, tmp_path, tmp_path / "prompts.json", every=3, seed=5)
+    job = json.loads(job)
+    assert python == "other/python" and job["rollouts"] == 6
+    for name in ppo.SETTINGS:
+        assert getattr(ours, name) == job[name], name
+    assert ours.generation_batch_size == ppo.MINIBATCH * ppo.MINIBATCHES
+    assert ours.max_steps == 6 * ppo.MINIBATCHES * ppo.EPOCHS and ours.save_steps == 24
+    policy = {"rollouts": 3, "seconds": 2.0, "score": 1.5, "gain": 0.5, "stop_rate": 1.0}
+    runs = [{"cpu_seconds": 4.0, "policies": [policy | {"score": score}]} for score in (1.0, 2.0)]
+    ppo.print_ppo({"ours": runs, "trl": runs})
+    assert capsys.readouterr().out.count("1.50") == 2  # the mean of two seeds
