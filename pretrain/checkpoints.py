@@ -206,13 +206,15 @@ class MendZero3(TrainerCallback):
         for group, right in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in right.items() if key != "params"})
         for part in optimizer.state.values():
-            part["step"] = part["step"].clone()
+            if torch.is_tensor(part["step"]):
+                part["step"] = part["step"].clone()
 
 
 def make_universal(checkpoint: Path) -> None:
     """Put ZeRO's pieces together, as `global_step*_universal`, and leave them as they are.
 
-    Its last act is to write `latest_universal`: without that file a folder is half of one.
+    Made in a folder of its own and moved when it is on the disk, `latest_universal` last: without
+    that file there is nothing to read.
 
     Raises:
         RuntimeError: DeepSpeed's converter failed; the message is its own.
@@ -220,14 +222,21 @@ def make_universal(checkpoint: Path) -> None:
     if (checkpoint / "latest_universal").is_file():
         return
     pieces = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
-    target = checkpoint / f"{pieces.name}_universal"
-    shutil.rmtree(target, ignore_errors=True)
+    made, name = checkpoint / "converting", f"{pieces.name}_universal"
+    for old in (made, checkpoint / name):
+        shutil.rmtree(old, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", str(pieces), "--output_folder", str(target)]
+    command += ["--input_folder", str(pieces), "--output_folder", str(made / name)]
     command += ["--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{checkpoint} could not be converted:\n{done.stderr[-2000:]}")
+    sync_to_disk(made)
+    (made / name).replace(checkpoint / name)
+    _sync(checkpoint)
+    (made / "latest_universal").replace(checkpoint / "latest_universal")
+    made.rmdir()
+    _sync(checkpoint)
 
 
 def check_saved_weights(model: Any, directory: str | os.PathLike) -> None:
