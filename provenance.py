@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "deepspeed")
-PACKAGES += ("peft", "trl", "bitsandbytes")
+PACKAGES += ("peft", "trl", "bitsandbytes", "tiktoken")
 LAUNCHER_FLAGS = ("--local_rank", "--deepspeed")  # where a run runs, not what it trains
 LAUNCHER_FLAGS += ("--resume_from_checkpoint",)  # where it goes on; run.json says `resumed_from`
 DIVISION_FLAGS = ("--per_device_train_batch_size", "--gradient_accumulation_steps")

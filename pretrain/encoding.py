@@ -17,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pretrain.cleaning import Cleaner, CleaningArguments
+from pretrain.fast_bpe import FastBPE
 
 ENCODED_HERE = 1 << 21  # characters that this process encodes itself: fewer are done sooner so
 
@@ -58,32 +59,48 @@ def encode(texts: Sequence[str], encoding: Encoding) -> Encoded:
 
     A special token's text stays text: a document that says "<eos>" does not end there.
     """
-    tokenizer, cleaner = _load(encoding)
+    tokenizer, fast, cleaner = _load(encoding)
     languages = [cleaner.detect_language(text) for text in texts]
     removed = [cleaner.check(*one) for one in zip(texts, languages, strict=True)]
     kept = [index for index, why in enumerate(removed) if why is None]
-    encoded = tokenizer.encode_batch_fast([texts[i] for i in kept], add_special_tokens=False)
-    ends = encoding.bos_token_id, encoding.eos_token_id
+    kept_texts = [texts[index] for index in kept]
+    if isinstance(fast, FastBPE):
+        encoded = map(fast.encode, kept_texts)
+    else:
+        rows = tokenizer.encode_batch_fast(kept_texts, add_special_tokens=False)
+        encoded = (row.ids for row in rows)
+    bos, eos = [encoding.bos_token_id], [encoding.eos_token_id]
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    lengths, ids = np.zeros(len(texts), np.uint32), [np.empty(0, dtype)]
+    lengths, pieces = np.zeros(len(texts), np.uint32), [np.empty(0, dtype)]
     near_keys = np.zeros((len(texts), cleaner.bands), np.uint64)
-    for index, one in zip(kept, encoded, strict=True):
-        ids.append(np.array([ends[0], *one.ids, ends[1]], dtype))
-        lengths[index] = len(ids[-1])
+    for index, ids in zip(kept, encoded, strict=True):
+        pieces += [np.asarray(part, dtype) for part in (bos, ids, eos)]
+        lengths[index] = len(ids) + 2
         if cleaner.bands:
             near_keys[index] = cleaner.near_keys(texts[index])
-    return Encoded(np.concatenate(ids), lengths, removed, near_keys, languages)
+    return Encoded(np.concatenate(pieces), lengths, removed, near_keys, languages)
+
+
+def name_encoder(encoding: Encoding) -> str:
+    """The library that encodes: "tiktoken", or "tokenizers" and why it is not the faster one."""
+    _, fast, _ = _load(encoding)
+    return "tiktoken" if isinstance(fast, FastBPE) else f"tokenizers: {fast}"
 
 
 @functools.lru_cache(maxsize=2)
-def _load(encoding: Encoding) -> tuple[Tokenizer, Cleaner]:
+def _load(encoding: Encoding) -> tuple[Tokenizer, FastBPE | str, Cleaner]:
+    """The tokenizer, the same by tiktoken or why it cannot be, and what cleans."""
     tokenizer = Tokenizer.from_file(encoding.tokenizer_file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     cleaning = CleaningArguments(**json.loads(encoding.cleaning))
     overlap = np.load(encoding.overlap_file) if encoding.overlap_file else np.empty(0, np.uint64)
-    return tokenizer, Cleaner(cleaning, overlap)
+    try:
+        fast: FastBPE | str = FastBPE(tokenizer)
+    except ValueError as error:
+        fast = str(error)
+    return tokenizer, fast, Cleaner(cleaning, overlap)
 
 
 class Encoder:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import stages
 from pretrain.cleaning import CleaningArguments, check_cleaning, hash_evaluation
-from pretrain.encoding import Encoder, Encoding, encode
+from pretrain.encoding import Encoder, Encoding, encode, name_encoder
 from pretrain.packing import Shards
 from pretrain.parts import Document, Seen, Source
 from tokenizer.corpus import BadRows, Documents, find_cut, is_hub_name, list_files, read_documents
@@ -116,7 +116,7 @@ def identify(args: PrepareArguments, data: dict[str, str | None]) -> dict[str, A
         "tokenizer": stages.hash_outputs(args.tokenizer),
         "sources": {n: find_commit(n) if is_hub_name(n) else value for n, value in data.items()},
         "settings": settings,
-        "versions": {name: installed[name] for name in ("tokenizers", "datasets")},
+        "versions": {name: installed[name] for name in ("tokenizers", "tiktoken", "datasets")},
     }
 
 
@@ -162,11 +162,12 @@ def describe_encoding(
     cleaning = {f.name: getattr(args, f.name) for f in dataclasses.fields(CleaningArguments)}
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     encoding = Encoding(f"{args.tokenizer}/tokenizer.json", *ends, json.dumps(cleaning))
+    meta: dict[str, Any] = {"encoder": name_encoder(encoding)}
     if not args.evaluation_files:
-        return encoding, {}
-    overlap, counts = hash_evaluation(args.evaluation_files)
+        return encoding, meta
+    overlap, meta["evaluation_files"] = hash_evaluation(args.evaluation_files)
     np.save(parts / "overlap.npy", overlap)
-    return encoding._replace(overlap_file=f"{parts}/overlap.npy"), {"evaluation_files": counts}
+    return encoding._replace(overlap_file=f"{parts}/overlap.npy"), meta
 
 
 def open_sources(

@@ -223,6 +223,7 @@ def test_meta_names_what_it_was_made_of(run, tokenizer_dir, tmp_path):
     assert meta["sources"] == {str(tmp_path / "text.jsonl"): hash_file(tmp_path / "text.jsonl")}
     assert meta["tokenizer"]["tokenizer.json"] == hash_file(tokenizer_dir / "tokenizer.json")
     assert meta["settings"]["block_size"] == 16 and meta["settings"]["seed"] == 1
+    assert meta["encoder"] == "tiktoken"
 
 
 def test_bad_rows_and_empty_rows_are_said(run, tmp_path, capsys):
