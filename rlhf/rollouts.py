@@ -339,6 +339,36 @@ class FastRollouts:
 
 
 class FastGRPOTrainer(FastRollouts, GRPOTrainer):
-    """TRL's `GRPOTrainer`, with these rollouts."""
+    """TRL's `GRPOTrainer`, with these rollouts; answers that teach nothing are not computed."""
 
     _name = "GRPO"
+
+    def _compute_loss(self, model, inputs):
+        if self.model.training and self._is_loss_zero_without_advantage():
+            inputs = keep_rows_with_advantage(inputs)
+        return super()._compute_loss(model, inputs)
+
+    def _is_loss_zero_without_advantage(self) -> bool:
+        """Whether the loss is a sum over tokens, each multiplied by its answer's advantage.
+
+        What it is divided by counts all answers, and comes with the batch (`num_items_in_batch`).
+        """
+        return (
+            self.loss_type in ("dapo", "cispo", "vespo")
+            and self.beta == 0.0
+            and self.top_entropy_quantile == 1.0
+            and not (self._entropy_bonus_enabled or self.aux_loss_enabled or self._is_vlm)
+        )
+
+
+def keep_rows_with_advantage(inputs: dict) -> dict:
+    """Of a batch of TRL's, the answers whose advantage is not 0; at least one, for the backward.
+
+    In a group whose answers were all paid the same every advantage is 0, and so is the gradient.
+    """
+    rows = inputs["advantages"].nonzero()[:, 0]
+    rows = rows if len(rows) else rows.new_zeros(1)
+    return {
+        key: value[rows] if torch.is_tensor(value) and value.dim() else value
+        for key, value in inputs.items()
+    }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import GPT2LMHeadModel
-from trl import GRPOConfig, ModelConfig
+from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from pretrain.hardware import training_defaults
 from rlhf.rollouts import FastGRPOTrainer
@@ -56,7 +56,7 @@ def grpo_loss(model, old, reference, prompts, answers, rewards, loss_type):
     return torch.cat(rows).mean()  # "dapo": every token does
 
 
-def make_trainer(base_dir, output_dir, **settings):
+def make_trainer(base_dir, output_dir, reward_funcs=count_vowels, **settings):
     given = training_defaults() | {
         "output_dir": str(output_dir), "use_cpu": True, "bf16": False, "report_to": [],
         "per_device_train_batch_size": 12, "num_generations": 4, "max_completion_length": 8,
@@ -66,7 +66,7 @@ def make_trainer(base_dir, output_dir, **settings):
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in QUESTIONS]
     trainer = FastGRPOTrainer(
         model=load_model(ModelConfig(model_name_or_path=str(base_dir)), tokenizer),
-        reward_funcs=count_vowels,
+        reward_funcs=reward_funcs,
         args=GRPOConfig(**given | settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -123,3 +123,39 @@ def test_loss_and_gradient_equal_the_reference(base_dir, tmp_path, loss_type):
     ):
         assert ours.abs().max() > 1e-3
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("equal_groups", [1, 3])
+def test_answers_without_advantage_cost_nothing_and_change_nothing(
+    base_dir, tmp_path, equal_groups
+):
+    def count_vowels_of_some(prompts, completions, **columns):
+        equal = QUESTIONS[:equal_groups]
+        rewards = count_vowels(completions)
+        return [
+            1.0 if prompt[0]["content"] in equal else reward
+            for prompt, reward in zip(prompts, rewards, strict=True)
+        ]
+
+    trainer = make_trainer(base_dir, tmp_path, beta=0.0, reward_funcs=count_vowels_of_some)
+    policy = trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    torch.manual_seed(1)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    drift(policy)
+    left = max(12 - 4 * equal_groups, 1)  # of 12 answers; a backward needs one
+    seen = []
+    handle = policy.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    weights = [policy.transformer.h[0].mlp.c_fc.weight, policy.transformer.wte.weight]
+    ours = trainer.compute_loss(policy, inputs)
+    handle.remove()
+    theirs = GRPOTrainer._compute_loss(trainer, policy, inputs)
+    assert seen == [left]
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+    for gradient, expected in zip(
+        torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights), strict=True
+    ):
+        assert (expected.abs().max() > 1e-3) == (equal_groups < 3)
+        torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-6)
