@@ -43,7 +43,8 @@ from sft.train import load_chat_tokenizer, save_chat_model
 
 LEGEND = """the log: reward is the weighted sum of rewards/*; frac_reward_zero_std the share of
 prompts whose answers all got the same (they teach nothing); completions/clipped_ratio the share of
-answers cut off; clip_ratio/region_mean the share of tokens beyond epsilon; kl, entropy a token"""
+answers cut off; clip_ratio/region_mean the share of tokens beyond epsilon, entropy in nats a token,
+both of the answers that teach; kl in nats a token"""
 
 
 @dataclass
