@@ -140,55 +140,31 @@ def task_exchanges(rng: random.Random, count: int) -> list[Exchange]:
         if user in seen:
             continue
         seen.add(user)
-        fixed = kind in ("sorting", "format")
-        exchanges.append(
-            Exchange(
-                "task",
-                lang,
-                split_text(user),
-                user,
-                shown.full,
-                shown.told,
-                shown.brief,
-                _spoil_task(problem, lang, rng),
-                None if fixed else tasks.render(problem, other_language(lang)).full,
-            )
-        )
+        wrong = _spoil_task(problem, lang, rng)
+        made = Exchange("task", lang, split_text(user), user, shown.said, shown.told, wrong=wrong)
+        exchanges.append(made)
     return exchanges
 
 
 def _spoil_task(problem: tasks.Problem, lang: str, rng: random.Random) -> str:
-    """The full answer with a wrong result."""
+    """The answer to a problem of level 1 with a wrong result, said the same way."""
     shown = tasks.render(problem, lang)
     if problem.kind == "addition":
         right = int(shown.answer)
-        wrong = str(rng.choice([n for n in (-10, -2, -1, 1, 2, 10) if right + n > 0]) + right)
-        return shown.full.replace(f"= {shown.answer}", f"= {wrong}").replace(
-            f" {shown.answer}{shown.full[-1]}", f" {wrong}{shown.full[-1]}"
-        )
+        wrong = right + rng.choice([n for n in (-10, -2, -1, 1, 2, 10) if right + n > 0])
+        return shown.said.replace(f"= {right}", f"= {wrong}")
     if problem.kind == "comparison":
-        flipped = {"larger": "smaller", "smaller": "larger"}[problem.form]
-        turned = tasks.render(tasks.Problem("comparison", flipped, 1, problem.parts), lang).full
-        words = ("大", "小") if lang == "zh" else ("larger", "smaller")
-        said, meant = words if flipped == "larger" else words[::-1]
-        return turned.replace(said, meant)
-    if problem.form == "syllogism":
-        name, negative, *groups = problem.parts
-        parts = (name, 1 - negative, *groups)
-        return tasks.render(tasks.Problem(problem.kind, problem.form, 2, parts), lang).full
+        return next(str(number) for number in problem.parts if str(number) != shown.answer)
     if problem.form in ("even", "odd"):
         number = problem.parts[0]
         moved = tasks.Problem(problem.kind, problem.form, 1, (number + 1,))
-        return tasks.render(moved, lang).full.replace(str(number + 1), str(number))
+        return tasks.render(moved, lang).said.replace(str(number + 1), str(number))
     if problem.kind == "sorting":
         numbers = shown.answer.split(", ")
         numbers[0], numbers[1] = numbers[1], numbers[0]
         return ", ".join(numbers)
-    return {
-        "twice": shown.answer.split(", ")[0],
-        "thrice": shown.answer.replace("-", " "),
-        "brackets": shown.answer.replace(" (", ", ").replace(")", ""),
-    }[problem.form]
+    assert problem.form == "twice", problem
+    return shown.answer.split(", ")[0]
 
 
 def greeting_exchanges(rng: random.Random) -> list[Exchange]:

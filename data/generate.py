@@ -23,9 +23,9 @@ PRETRAIN_BYTES = 8_000_000
 VALIDATION_BYTES = 150_000
 SPLITS = ("train", "validation", "test")
 TASKS_PER_LEVEL = {
-    "train": {1: 82, 2: 82, 3: 82},
-    "validation": {1: 7, 2: 7, 3: 7},
-    "test": {1: 14, 2: 14, 3: 14},
+    "train": {1: 82, 2: 82, 3: 82, 4: 82},
+    "validation": {1: 7, 2: 7, 3: 7, 4: 7},
+    "test": {1: 14, 2: 14, 3: 14, 4: 14},
 }
 PREFERENCES = {"train": 1400, "validation": 96, "test": 236}
 LETTERS = {"train": 600, "validation": 100, "test": 150}

@@ -11,7 +11,7 @@ from conversations import COUNTS, TEXTS, Exchange
 
 # Share of each flaw in percent, and the topics it is drawn from.
 FLAWS = {
-    "curt": (34, ["fact"] * 4 + ["task", "explanation", "greeting"]),
+    "curt": (34, ["fact"] * 5 + ["explanation", "greeting"]),
     "wrong": (8, ["fact"] * 3 + ["task"]),
     "rude": (17, ["fact"] * 3 + ["task", "explanation", "greeting", "identity", "unknown"]),
     "repetitive": (11, ["fact"] * 3 + ["explanation", "story", "identity"]),

@@ -184,7 +184,7 @@ def write_dialogue(world: World, lang: str, rng: random.Random) -> str:
         if style < 0.35:
             kind = rng.choice(tasks.KINDS)
             shown = tasks.render(_draw_for_prose(kind, rng), lang)
-            question, reply = rng.choice(shown.asked), shown.brief
+            question, reply = rng.choice(shown.asked), shown.said
         else:
             fact = rng.choice(world.trained)
             question = world.ask(fact, lang, rng.choice(order_phrasings(fact, lang)[:5]))
@@ -241,7 +241,7 @@ def write_math(lang: str, rng: random.Random) -> str:
         if style < 0.2 and shown.prose:
             lines.append(rng.choice(shown.prose))
         elif style < 0.6:
-            answer = rng.choice([shown.brief, shown.told])
+            answer = rng.choice([shown.said, shown.told])
             lines.append(rng.choice(shown.asked) + (" " if lang == "en" else "") + answer)
         else:
             lines.append(shown.told)

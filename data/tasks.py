@@ -81,7 +81,7 @@ def _draw_addition(level: int, rng: random.Random):
     while True:
         if level == 1:
             a, b = rng.choice([rng.randint(1, 9) * 10, rng.randint(10, 99)]), rng.randint(1, 9)
-        elif level == 2:
+        elif level in (2, 4):
             a, b = rng.randint(10, 99), rng.randint(10, 99)
         else:
             a, b = rng.randint(10, 89), rng.randint(2, 89)
@@ -90,12 +90,12 @@ def _draw_addition(level: int, rng: random.Random):
                 return "difference", (a, b)
             continue
         carries = a % 10 + b % 10 > 9
-        if a + b <= 99 and carries == (level == 3):
+        if a + b > 99 if level == 4 else a + b <= 99 and carries == (level == 3):
             return "sum", (a, b)
 
 
 def _draw_comparison(level: int, rng: random.Random):
-    low, high = (100, 999) if level == 3 else (10, 99)
+    low, high = {3: (100, 999), 4: (1000, 9999)}.get(level, (10, 99))
     while True:
         a, b = rng.randint(low, high), rng.randint(low, high)
         if a != b and (level != 1 or a // 10 != b // 10):
@@ -111,28 +111,29 @@ def _draw_logic(level: int, rng: random.Random):
 
 
 def _draw_sorting(level: int, rng: random.Random):
-    count = {1: rng.choice([2, 3, 3]), 2: 3, 3: 4}[level]
+    count = {1: rng.choice([2, 3, 3]), 2: 3, 3: 4, 4: 5}[level]
     numbers = rng.sample(range(1, 10), count)
-    form = {1: "ascending", 2: "descending", 3: rng.choice(["ascending", "descending"])}[level]
+    either = rng.choice(["ascending", "descending"])
+    form = {1: "ascending", 2: "descending"}.get(level, either)
     return form, numbers
 
 
 def _draw_format(level: int, rng: random.Random):
-    form = {1: "twice", 2: rng.choice(["thrice", "brackets"]), 3: "ends"}[level]
-    count = {"twice": 1, "thrice": 1, "brackets": 2, "ends": 3}[form]
+    form = {1: "twice", 2: rng.choice(["thrice", "brackets"])}.get(level, "ends")
+    count = {"twice": 1, "thrice": 1, "brackets": 2, "ends": level}[form]
     return form, rng.sample(range(len(TEXTS["words"]["en"])), count)
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """A problem in one language: questions, answers, and the statement and scenes for prose."""
+    """A problem in one language: questions, the value that is right and how it is said, and the
+    statement and scenes for prose."""
 
     asked: list[str]
     answer: str
+    said: str
     told: str
-    full: str
     prose: list[str]
-    brief: str
 
 
 def render(problem: Problem, lang: str, name: str = "Momo") -> Rendering:
@@ -140,16 +141,13 @@ def render(problem: Problem, lang: str, name: str = "Momo") -> Rendering:
     texts = TEXTS["forms"][problem.form][lang]
     fields = _fields(problem, lang) | {"n": name}
     fields["told"] = texts["told"].format(**fields)
-    answer = fields["answer"]
-    brief = "{yes}." if lang == "en" else "{yes}。"
-    brief = texts.get("brief", brief if "yes" in fields else "{answer}").format(**fields)
+    said = "{answer}" if "yes" not in fields else "{yes}." if lang == "en" else "{yes}。"
     return Rendering(
         asked=[template.format(**fields) for template in texts["asked"]],
-        answer=answer,
+        answer=fields["answer"],
+        said=texts.get("said", said).format(**fields),
         told=fields["told"],
-        full=texts["full"].format(**fields) if "full" in texts else answer,
         prose=[template.format(**fields) for template in texts.get("prose", [])],
-        brief=brief,
     )
 
 
@@ -208,7 +206,7 @@ def _say_yes(truth: bool, lang: str) -> dict:
     word = {"en": ("no", "yes"), "zh": ("不是", "是")}[lang][truth]
     # "so": inside a Chinese sentence a bare 是 would be read as "is".
     so = "是的" if word == "是" else word
-    return {"answer": word, "yes": word.capitalize(), "no_caps": word, "so": so}
+    return {"answer": word, "yes": word.capitalize(), "so": so}
 
 
 def task_rows(split: str, per_level: dict[int, int], rng: random.Random) -> list[dict]:
