@@ -18,6 +18,8 @@ from typing import Any
 from provenance import split_word
 
 DRY_RUN = "--dry_run"
+# Set on import: what is loaded after this module is quiet about an optional kernel that is missing.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def parse_args(
@@ -38,7 +40,6 @@ def parse_args(
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report each run otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # of keys that TRL itself sets
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # misses an optional kernel, aloud
     from trl import TrlParser
 
     words = sys.argv[1:] if argv is None else argv

@@ -23,7 +23,8 @@ import yaml
 
 import stages
 
-PRELOADED = ["torch", "transformers", "peft", "trl.trainer.grpo_trainer", "trl.trainer.sft_trainer"]
+PRELOADED = ["commandline", "torch", "transformers", "peft"]
+PRELOADED += ["trl.trainer.grpo_trainer", "trl.trainer.sft_trainer"]
 CORPORA = Path("data/generated")
 
 
