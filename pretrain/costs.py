@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.attention import BLOCKWISE, QUERIES
-from pretrain.loss import FEWEST_ROWS, LOGITS_AT_ONCE
+from pretrain.loss import choose_chunk
 from pretrain.modeling_gpt import GPT2LMHeadModel
 
 # Dense bf16 FLOP/s of the makers' data sheets. The first that stands in a device's name counts.
@@ -156,7 +156,7 @@ def _head_bytes(config: PretrainedConfig, tokens: int, size: int) -> int:
     """The loss: chunks of logits where it is fused with the head, else whole ones in fp32."""
     if config.model_type != "gpt2":  # logits, their fp32 copy, log-softmax and gradient
         return tokens * config.vocab_size * (size + 4 + 4 + 4)
-    rows = min(tokens, max(FEWEST_ROWS, LOGITS_AT_ONCE // config.vocab_size))
+    rows = choose_chunk(tokens, config.vocab_size)
     chunk = 2 * size * rows * config.vocab_size  # logits and their softmax
     gradient = (4 + size) * config.vocab_size * config.hidden_size  # the sum, and a chunk's part
     return chunk + gradient + 2 * size * tokens * config.n_embd

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 LOGITS_AT_ONCE = 2**25  # of a chunk: 64 MB in bf16; each chunk adds a whole gradient of the head
-FEWEST_ROWS = 256  # of a chunk: fewer make slow matrix products
+ROWS = 256  # a chunk has a multiple of it: fewer, or an odd number, make slow matrix products
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -27,7 +27,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows, head = hidden.to(dtype), weight.to(dtype)
             rows_grad, head_grad = torch.empty_like(rows), None
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-            size = min(len(rows), max(FEWEST_ROWS, LOGITS_AT_ONCE // len(head)))
+            size = choose_chunk(len(rows), len(head))
             logits, softmax = (rows.new_empty(size, len(head)) for _ in range(2))
             for start in range(0, len(rows), size):
                 part, target = rows[start : start + size], labels[start : start + size]
@@ -49,6 +49,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scale the gradients that the forward pass has made."""
         rows_grad, head_grad = ctx.saved_tensors
         return rows_grad.mul_(grad), head_grad.mul_(grad), None, None
+
+
+def choose_chunk(tokens: int, vocabulary: int) -> int:
+    """Tokens whose logits are computed at once."""
+    return min(tokens, max(ROWS, LOGITS_AT_ONCE // vocabulary // ROWS * ROWS))
 
 
 def _losses(part, head, target, logits, grad) -> torch.Tensor:

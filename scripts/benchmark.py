@@ -29,6 +29,8 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import commandline  # noqa: E402, F401 (quiets a library that the measured processes load)
+
 SIZES = {
     "124M": {
         "config": dict(n_layer=12, n_embd=768, n_head=12, vocab_size=50304, n_positions=1024),

@@ -12,7 +12,7 @@ from pretrain.modeling_gpt import GPT2LMHeadModel
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 1)
-    monkeypatch.setattr(loss, "FEWEST_ROWS", 7)
+    monkeypatch.setattr(loss, "ROWS", 7)
 
 
 @pytest.mark.parametrize("count", [None, 100])
