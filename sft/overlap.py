@@ -10,6 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from pretrain.eval import make_metric
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -48,6 +50,7 @@ def measure_corpora(answers: Sequence[dict]) -> dict[str, dict[str, Any]]:
         that of sacrebleu's bootstrap over the answers.
     """
     from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.significance import _bootstrap_resample, estimate_ci
 
     by_language = defaultdict(list)
     for row in answers:
@@ -58,9 +61,15 @@ def measure_corpora(answers: Sequence[dict]) -> dict[str, dict[str, Any]]:
         references = [[row["reference"] for row in rows]]
         scorers = {"bleu": BLEU(tokenize=BLEU_TOKENIZERS.get(lang, "13a")), "chrf": CHRF()}
         for name, scorer in scorers.items():
-            score = scorer.corpus_score(said, references, n_bootstrap=RESAMPLES)
-            # The bootstrap's interval lies around its own mean, a little off the score itself.
-            low, high = max(score._mean - score._ci, 0), min(score._mean + score._ci, 100)
-            metric = make_metric(score.score, low, high, len(rows), "of 100")
+            score = scorer.corpus_score(said, references).score
+            # What corpus_score does for n_bootstrap, which fails where a resample has no match: its
+            # mean takes no mixture of floats and numpy's. The signature tells of n_bootstrap.
+            scorer.n_bootstrap = RESAMPLES
+            stats = scorer._extract_corpus_statistics(said, references)
+            scorer.seed, resampled = _bootstrap_resample(stats, scorer, RESAMPLES)
+            # The interval lies around the resamples' own mean, a little off the score itself.
+            mean, half = estimate_ci(np.array([one.score for one in resampled], dtype=float))
+            low, high = max(float(mean - half), 0), min(float(mean + half), 100)
+            metric = make_metric(score, low, high, len(rows), "of 100")
             metrics[f"{name}/{lang}"] = metric | {"signature": str(scorer.get_signature())}
     return metrics

@@ -149,6 +149,13 @@ def test_rouge_reads_chinese_by_character():
     assert english["rougeL"] == pytest.approx(1 / 2) and none["rougeL"] == 0
 
 
+def test_bleu_of_answers_that_are_nearly_all_wrong():
+    wrong = {"answer": "", "reference": "a b c d", "lang": "en"}
+    metrics = measure_corpora([wrong] * 7 + [wrong | {"answer": "a b c d"}])
+    for name in ("bleu/en", "chrf/en"):
+        assert 0 == metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"] < 100
+
+
 def test_bleu_is_sacrebleus_with_its_signature():
     row = {"answer": "小河流过磨坊。", "reference": "小河流过磨坊。", "lang": "zh"}
     other = {"answer": "the mill by the river", "reference": "by the river", "lang": "en"}
