@@ -157,7 +157,9 @@ def slide(
         ids, sizes, new = [first], [0.0], 0
         room = context - 1  # of the first window, whose first id is given
         for piece in cut_text(text):
-            more = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            more = tokenizer(
+                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
             ids += more
             sizes += [len(piece.encode()) / max(len(more), 1)] * len(more)
             new += len(more)

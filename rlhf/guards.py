@@ -15,7 +15,7 @@ from transformers import Trainer
 import stages
 from comparison import GUARDS, UNITS, explain, judge
 from pretrain.callbacks import LogFile, say
-from sft.eval import EvalArguments, evaluate_chat
+from sft.eval import EvalArguments, evaluate_chat, read_eval_config
 
 ROWS = 64  # of each kind: seconds on a small model; the whole set is measured when the run ends
 REWARDS = ("ppo/score", "reward", "rewards/margins")  # keys of the logs: the first that is there
@@ -27,14 +27,14 @@ def watch_guards(trainer: Trainer, eval_config: str | None, run: stages.Run) -> 
     Raises:
         ValueError: the trainer picks its best checkpoint itself, by another measure.
     """
-    if eval_config is None:
+    args = read_eval_config(eval_config)
+    if args is None:
         return []
     if trainer.args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end picks a checkpoint by its loss, the guards of eval_config pick "
             "another by what it can still do: leave one of them out"
         )
-    (args,) = stages.parse_args([EvalArguments], ["--config", eval_config])
     return [Guards(trainer, dataclasses.replace(args, max_rows=min(ROWS, args.max_rows)), run)]
 
 

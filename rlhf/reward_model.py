@@ -18,6 +18,7 @@ from sft.model import (
     keep_unpacked,
     make_lora_config,
 )
+from sft.rendering import encode_messages
 
 TOKENS_AT_ONCE = 16_384  # of a batch, padding included
 
@@ -112,7 +113,7 @@ def score_conversations(
         conversations: lists of messages; those of similar length share a batch.
         padding_side: "right", as in training, or "left": the scores are the same.
     """
-    ids = tokenizer.apply_chat_template(list(conversations))["input_ids"] if conversations else []
+    ids = [encode_messages(messages, tokenizer) for messages in conversations]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = [0.0] * len(ids)
     while order:

@@ -22,6 +22,7 @@ import stages
 from rlhf.eval import load_reward_model, score_conversations
 from sft.eval import load_for_generation
 from sft.model import context_length
+from sft.rendering import encode_messages, encode_prompt
 from sft.verifiers import verify
 from tokenizer.vocabulary import readable
 
@@ -112,10 +113,10 @@ class Contestant:
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         if not self.is_base:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)[
-                "input_ids"
-            ]
-        ids = self.tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+            return encode_prompt(messages, self.tokenizer)
+        ids = self.tokenizer(
+            messages[-1]["content"], add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
         bos = self.tokenizer.bos_token_id
         return ids if bos is None else [bos, *ids]
 
@@ -261,7 +262,7 @@ def judge(
     if scorer:
         said = [*messages, {"role": "assistant", "content": answer.text.strip()}]
         model, tokenizer = scorer
-        if len(tokenizer.apply_chat_template(said)["input_ids"]) <= context_length(model):
+        if len(encode_messages(said, tokenizer)) <= context_length(model):
             answer.reward_score = score_conversations(model, tokenizer, [said])[0]
 
 

@@ -50,8 +50,6 @@ VARIANTS = {
     "ours": "LadderLM",
     "ours_bare": "LadderLM, the same step in a bare loop",
 }
-
-
 FIGURES = {
     "tokens_per_second": "tokens/s",
     "gflops": "GFLOP/s",

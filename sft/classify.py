@@ -58,7 +58,11 @@ def classify(model: Any, tokenizer: Any, texts: list[str]) -> list[list[float]]:
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         batch = tokenizer(
-            [texts[i] for i in chosen], truncation=True, padding=True, return_tensors="pt"
+            [texts[i] for i in chosen],
+            truncation=True,
+            padding=True,
+            split_special_tokens=True,  # a control token's characters are text, as in training
+            return_tensors="pt",
         )
         logits = model(
             input_ids=batch["input_ids"].to(model.device),

@@ -46,6 +46,7 @@ from sft.tasks import load_tasks
 from sft.verifiers import verify
 from tokenizer.corpus import read_documents
 from tokenizer.eval import detect_language
+from tokenizer.files import is_hub_name, list_files
 
 
 @dataclass
@@ -68,6 +69,21 @@ class EvalArguments:
     )
 
 
+def read_eval_config(eval_config: str | None) -> EvalArguments | None:
+    """Read the YAML and find its files, before hours of training that end in this evaluation.
+
+    Raises:
+        FileNotFoundError: the YAML, or a file that it names, does not exist.
+        ValueError: it has an unknown key.
+    """
+    if eval_config is None:
+        return None
+    (args,) = stages.parse_args([EvalArguments], ["--config", eval_config])
+    files = [*args.chat_files, *args.fact_files, *args.task_files, *args.text_files]
+    list_files([name for name in files if not is_hub_name(name)])
+    return args
+
+
 def evaluate_stage(directory: str, eval_config: str | None) -> dict[str, dict]:
     """Measure the model in a directory and write its answers.jsonl and texts.jsonl there.
 
@@ -75,9 +91,9 @@ def evaluate_stage(directory: str, eval_config: str | None) -> dict[str, dict]:
         directory: a chat model.
         eval_config: YAML with the keys of `EvalArguments`; None measures nothing.
     """
-    if eval_config is None:
+    args = read_eval_config(eval_config)
+    if args is None:
         return {}
-    (args,) = stages.parse_args([EvalArguments], ["--config", eval_config])
     return evaluate_directory(directory, args, directory, find_previous(directory))
 
 

@@ -126,11 +126,20 @@ def has_marks(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
+def encode_messages(
+    messages: Messages, tokenizer: Any, add_generation_prompt: bool = False
+) -> list[int]:
+    """The ids of a conversation; a control token's characters in its texts stay characters."""
+    if is_plain(messages, control_pattern(tokenizer)):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)[
+            "input_ids"
+        ]
+    return encode_spans(messages, tokenizer, add_generation_prompt)[0]
+
+
 def encode_prompt(messages: Messages, tokenizer: Any) -> list[int]:
     """The ids of a conversation that the assistant is to go on with."""
-    if is_plain(messages, control_pattern(tokenizer)):
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    return encode_spans(messages, tokenizer, add_generation_prompt=True)[0]
+    return encode_messages(messages, tokenizer, add_generation_prompt=True)
 
 
 def encode_chats(chats: list[Messages], tokenizer: Any) -> list[tuple[list[int], list[float]]]:
@@ -156,7 +165,8 @@ def is_plain(messages: Messages, control: re.Pattern) -> bool:
 def control_pattern(tokenizer: Any) -> re.Pattern:
     """What the tokenizer reads as one special token, wherever it stands; the longest first."""
     known = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(text) for text in sorted(known, key=len, reverse=True)))
+    longest_first = sorted(known, key=len, reverse=True)
+    return re.compile("|".join(re.escape(text) for text in longest_first) or "(?!)")
 
 
 def encode_spans(

@@ -26,7 +26,7 @@ from pretrain.checkpoints import check_saved_weights, move_into_place, save_mode
 from pretrain.hardware import set_up_process, training_defaults
 from pretrain.optimizer import make_optimizer
 from sft.data import load_conversations, load_mixture, split_rows
-from sft.eval import evaluate_stage, load_for_generation
+from sft.eval import evaluate_stage, load_for_generation, read_eval_config
 from sft.loss import ChatTrainer, held_out_loss
 from sft.model import (
     context_length,
@@ -74,6 +74,7 @@ class SFTArguments:
 def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    read_eval_config(args.eval_config)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     files = [*parse_shares(args.data_files), *args.validation_files, *args.test_files]
     run = stages.start_run(

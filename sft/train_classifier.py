@@ -176,7 +176,7 @@ def describe_model(model: Any) -> str:
 def encode(rows: list[Labelled], tokenizer: Any, labels: list[str]) -> Dataset:
     """A dataset of `input_ids`, cut at the tokenizer's `model_max_length`, and `labels`."""
     columns = to_columns(rows, labels)
-    ids = tokenizer(columns["text"], truncation=True)["input_ids"]
+    ids = tokenizer(columns["text"], truncation=True, split_special_tokens=True)["input_ids"]
     tokenizer.backend_tokenizer.no_truncation()  # it would be saved: another tokenizer.json
     return Dataset.from_dict({"input_ids": ids, "labels": columns["labels"]})
 

@@ -15,7 +15,7 @@ from sft.classify import classify, load_classifier
 from sft.classify import main as classify_main
 from sft.labels import Labelled, load_splits
 from sft.metrics import measure_labels
-from sft.train_classifier import ClassifierArguments, load_base, main
+from sft.train_classifier import ClassifierArguments, encode, load_base, main
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "classification"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
@@ -178,6 +178,12 @@ def test_padding_does_not_change_a_label(base_dir):
         together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
         alone = model(**tokenizer(texts[:1], return_tensors="pt")).logits
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
+
+def test_a_control_token_in_a_text_is_text(base_dir):
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    ids = encode([Labelled("a<eos>b", "praise")], tokenizer, ["praise"])["input_ids"][0]
+    assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == "a<eos>b"
 
 
 def test_a_model_without_a_head_is_refused(base_dir):

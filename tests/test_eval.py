@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM
 import stages
 from pretrain import eval as held_out
 from pretrain.modeling_gpt import GPT2LMHeadModel
-from sft.eval import EvalArguments, add_previous, estimate_pass_at, evaluate_chat, main
+from sft.eval import (
+    EvalArguments,
+    add_previous,
+    estimate_pass_at,
+    evaluate_chat,
+    main,
+    read_eval_config,
+)
 from sft.overlap import Words, measure_corpora, score_rouge
 from sft.train import load_chat_tokenizer
 from tokenizer.corpus import read_documents
@@ -227,3 +234,13 @@ def test_a_base_model_without_answers_is_asked_once_a_kind(two_models, base_dir)
             {"prompt": [*turn, *turn], "source": "chat", "lang": "en", "kind": "who"}]  # fmt: skip
     add_previous(rows, str(sft), tokenizer, args)
     assert "previous" in rows[0] and "previous" not in rows[1]
+
+
+def test_an_eval_config_is_checked_before_the_training(tmp_path):
+    path = tmp_path / "eval.yaml"
+    with pytest.raises(FileNotFoundError, match=r"eval\.yaml: no such file"):
+        read_eval_config(str(path))
+    path.write_text(f"task_files: {tmp_path}/tasks.jsonl\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match=r"tasks\.jsonl"):
+        read_eval_config(str(path))
+    assert read_eval_config(None) is None

@@ -75,7 +75,9 @@ def train(base_dir, tokenizer, output_dir, stop_rates, monkeypatch, **changes):
 
     monkeypatch.setattr(rlhf.guards, "evaluate_chat", measure)
     config = output_dir.parent / "eval.yaml"
-    config.write_text("chat_files: x.jsonl\n")
+    held_out = output_dir.parent / "x.jsonl"
+    held_out.write_text("{}\n")
+    config.write_text(f"chat_files: {held_out}\n")
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(9, 300, (16, 8)).tolist()]
     changes = {"max_steps": 8, "save_steps": 2, "save_total_limit": 1, "bf16": False} | changes
     args = quick_arguments(output_dir, learning_rate=1e-2, **changes)

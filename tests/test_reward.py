@@ -67,6 +67,19 @@ def reward_dir(request, base_dir, chat_tokenizer, tmp_path):
     return tmp_path / "reward"
 
 
+def test_a_control_token_in_an_answer_is_scored_as_text(reward_dir):
+    model, tokenizer = load_reward_model(reward_dir)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    score_conversations(model, tokenizer, [turns])
+    hook.remove()
+    assert (seen[0] == end).sum() == 2
+
+
 def test_a_score_does_not_depend_on_the_batch_or_its_padding(reward_dir):
     model, tokenizer = load_reward_model(reward_dir)
     alone = [score_conversations(model, tokenizer, [chat])[0] for chat in CHATS]
