@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 VARIANTS = {"ours": "LadderLM, rlhf.train_ppo", "trl": "TRL 1.12, PPOTrainer"}
-MINIBATCH, MINIBATCHES, EPOCHS = 16, 4, 2  # a rollout of 64 answers serves 8 optimizer steps
+MINIBATCH, MINIBATCHES, EPOCHS = 32, 4, 2  # a rollout of 128 answers serves 8 optimizer steps
 SETTINGS = {"learning_rate": 2e-4, "missing_eos_penalty": 4.0, "vf_coef": 0.5, "seed": 0}
 SETTINGS |= {"beta": 0.05, "max_completion_length": 40}
 FIGURES = {
