@@ -151,6 +151,9 @@ def test_bad_rows_of_tables_and_of_json(write):
     array = write("z.json", '[{"text": "a"},\n{"text" 1},\n{"text": "b"}]')
     with pytest.raises(ValueError, match="z.json:2.*cannot be skipped. Mend it, or write one"):
         list(read_documents(array, bad_rows=bad_rows))
+    open_quote = write("q.csv", 'text,n\na,1\n"b,2\n' + "c,3\n" * 2000)
+    with pytest.raises(ValueError, match=r"q.csv:3: .*up to line 2003 nothing closes.*nor skipped"):
+        list(read_documents(open_quote, bad_rows=bad_rows))
     with pytest.raises(ValueError, match="w.jsonl: none of its 2 rows can be read"):
         list(read_documents(write("w.jsonl", "1\n2\n"), bad_rows=bad_rows))
 
@@ -192,6 +195,14 @@ def test_values_longer_than_a_chunk_and_errors_far_in(write, monkeypatch):
 def test_deeply_nested_json_is_refused(write):
     with pytest.raises(ValueError, match="x.jsonl:1: JSON nested too deeply"):
         list(read_rows(write("x.jsonl", '{"a": ' + "[" * 200_000 + "\n")))
+
+
+def test_a_number_too_long_for_python_is_a_bad_row(write):
+    lines = '{"text": "a"}\n{"text": "b", "n": ' + "7" * 5000 + '}\n{"text": "c"}\n'
+    for name in ("x.jsonl", "x.json"):
+        with pytest.raises(ValueError, match=rf"{name}:2: a number of more than 4,300 digits; wri"):
+            list(read_documents(write(name, lines)))
+        assert list(read_documents(write(name, lines), bad_rows=BadRows("skip"))) == ["a", "c"]
 
 
 @needs_shared

@@ -8,6 +8,7 @@ import csv
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -218,6 +219,9 @@ def _decode_json(path: Path, text: str, position: int, line: int) -> tuple[Any, 
         raise (_CutOff if is_cut else ValueError)(f"{path}:{line}: {message}") from None
     except RecursionError:
         raise ValueError(f"{path}:{line}: JSON nested too deeply") from None
+    except ValueError:  # Python's limit
+        digits = f"a number of more than {sys.get_int_max_str_digits():,} digits"
+        raise ValueError(f"{path}:{line}: {digits}; write it as a text, in quotes") from None
     # Half of a character, as cut-off emoji leave it, could not be tokenized or written.
     if "\\u" in text[position:end]:
         try:
@@ -266,7 +270,14 @@ def _read_cells(
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            bad_rows.refuse(f"{path}:{number}: malformed row: {error}. {TABLE_EXAMPLE}")
+            message = f"{path}:{number}: malformed row: {error}"
+            if reader.line_num > number:  # a quote took other rows in, perhaps all of them
+                raise ValueError(
+                    f"{message}. A quote opens in this row, and up to line {reader.line_num} "
+                    "nothing closes it rightly: what is a row there cannot be told, nor skipped. "
+                    f"Close the quote, or double it where it belongs to the text. {TABLE_EXAMPLE}"
+                ) from None
+            bad_rows.refuse(f"{message}. {TABLE_EXAMPLE}")
         else:
             if cells is None:
                 return
