@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -103,7 +104,7 @@ def test_auto_leaves_utf8_alone_however_late_it_shows(write, caplog):
 
 def test_wrong_encodings_are_refused(write):
     utf8 = write("x.txt", CHINESE)
-    with pytest.raises(ValueError, match="x.txt: not ascii behind line 0.*It is UTF-8: leave"):
+    with pytest.raises(ValueError, match="x.txt: not ascii, which.*It is UTF-8: leave"):
         list(read_documents(utf8, encoding="ascii"))
     with pytest.raises(ValueError, match="encoding='klingon' is none that Python knows.*cp1252"):
         list(read_documents(utf8, encoding="klingon"))
@@ -111,6 +112,48 @@ def test_wrong_encodings_are_refused(write):
         list(read_documents(write("y.txt", b"caf\xe9\n"), encoding="auto"))
     with pytest.raises(ValueError, match="z.txt:1: not UTF-8.*byte 0x00"):
         list(read_documents(write("z.txt", "plain".encode("utf-16-le")), encoding=None))
+
+
+def test_utf8_is_not_read_as_another_encoding(write):
+    """Most of its bytes are letters there as well, so nothing would fail."""
+    files = [write("a.txt", (CHINESE * 3).encode("gb18030")), write("b.txt", CHINESE)]
+    for encoding in ("gb18030", "latin-1"):
+        with pytest.raises(ValueError, match=f"b.txt: not {encoding}.*pass --encoding auto"):
+            list(read_documents(files, encoding=encoding))
+    assert list(read_documents(files, encoding="auto")) == [CHINESE * 3, CHINESE]
+    with pytest.raises(ValueError, match="c.txt: not gb18030.*It is UTF-8"):
+        list(read_documents(write("c.txt", "\ufeffplain\n"), encoding="gb18030"))
+    for content, encoding in (("\ufeffplain\n", "utf-8-sig"), ("plain\n", "gb18030")):
+        assert list(read_documents(write("d.txt", content), encoding=encoding)) == ["plain\n"]
+    wide = write("e.txt", CHINESE.encode("utf-16-le"))
+    assert list(read_documents(wide, encoding="utf-16-le")) == [CHINESE]
+
+
+def test_one_nul_does_not_make_a_text_utf16(write, caplog):
+    path = write("x.txt", "a plain\0 text\nof two lines\n" * 20)
+    for encoding in (None, "auto"):
+        text = next(read_documents(path, encoding=encoding))
+        assert text == "a plain\0 text\nof two lines\n" * 20 and not caplog.records
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.csv", "x.json"])
+def test_packed_bytes_under_the_name_of_a_text_are_called_what_they_are(write, tmp_path, name):
+    sink = io.BytesIO()
+    pa.parquet.write_table(pa.table({"text": ["a", "b"]}), sink)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
+        file.writestr("x.txt", "a")
+    packed = {
+        rf"\.gz file. Rename it to {name}\.gz": gzip.compress(b"a"),
+        rf"\.zst file. Rename it to {name}\.zst": Path(write("y.zst", "a")).read_bytes(),
+        r"\.parquet file. Rename it to x\.parquet": sink.getvalue(),
+        r"\.zip file. Unpack it": (tmp_path / "x.zip").read_bytes(),
+    }
+    for message, content in packed.items():
+        for options in ({}, {"bad_rows": BadRows("skip")}, {"encoding": "latin-1"}):
+            with pytest.raises(ValueError, match=f"{name}: no text: .*{message}"):
+                list(read_documents(write(name, content), **options))
+    with pytest.raises(ValueError, match=r"\.gz file. Unpack it"):
+        list(read_documents(write("x.txt.gz", gzip.compress(b"a"))))
 
 
 def test_bad_rows_are_counted_listed_and_written(write, tmp_path):

@@ -11,6 +11,12 @@ from pathlib import Path
 TEXT_ENDINGS = (".txt", ".dev", ".devtest")
 KNOWN_ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED_ENDINGS = (".gz", ".zst")
+PACKED_MARKS = {  # how bytes begin that are no text
+    b"PAR1\x15": ".parquet",
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PK\x03\x04": ".zip",
+}
 ENDINGS_SHOWN = " ".join(KNOWN_ENDINGS) + ", each also with .gz or .zst"
 
 logger = logging.getLogger(__name__)
@@ -84,10 +90,13 @@ def guess_ending(path: Path) -> str:
     """The ending that the beginning of a file suggests."""
     with open(path, "rb") as file:
         start = file.read(4096).lstrip()
-    marks = {b"{": ".jsonl", b"[": ".json", b"PAR1": ".parquet", b"\x1f\x8b": ".gz"}
-    marks[b"\x28\xb5\x2f\xfd"] = ".zst"
-    found = next((ending for mark, ending in marks.items() if start.startswith(mark)), None)
-    return found or (".tsv" if b"\t" in start.split(b"\n")[0] else ".txt")
+    text = {b"{": ".jsonl", b"[": ".json"}.get(start[:1])
+    return find_packed(start) or text or (".tsv" if b"\t" in start.split(b"\n")[0] else ".txt")
+
+
+def find_packed(start: bytes) -> str | None:
+    """The ending of parquet or of compressed bytes that begin with `start`; None for others."""
+    return next((end for mark, end in PACKED_MARKS.items() if start.startswith(mark)), None)
 
 
 def is_hub_name(name: str) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tokenizer.bad_rows import BadRows
+from tokenizer.files import COMPRESSED_ENDINGS, find_packed
 
 SAMPLE_BYTES = 1 << 16  # of the lines that are not ASCII; an encoding shows in far fewer
 FEWEST_BYTES = 8  # outside of ASCII; below it any guess is a coin toss
@@ -32,15 +33,18 @@ def read_lines(
             (charset-normalizer); what was chosen is said in a warning, with a line to check it by.
         bad_rows: where a line that is not UTF-8 is counted; None makes it an error.
 
-    Raises ValueError for another encoding, with a guess, and for a broken compressed file.
+    Raises ValueError for another encoding, with a guess, for UTF-8 where another encoding was
+    named, for bytes that are no text, and for a broken compressed file.
     """
     if encoding == "auto":
         encoding = choose_encoding(path)
     try:
         with open_file(path) as file:
-            if encoding is None or codecs.lookup(encoding).name == "utf-8":
+            _refuse_packed(path, file)
+            if encoding is None or codecs.lookup(encoding).name in ("utf-8", "utf-8-sig"):
                 yield from _read_utf8(path, file, bad_rows)
             else:
+                _refuse_utf8(path, encoding)
                 yield from _read_encoded(path, file, encoding)
     except LookupError:
         raise ValueError(
@@ -64,6 +68,37 @@ def open_file(path: Path) -> BinaryIO:
     return (gzip.open if ending == ".gz" else open)(path, "rb")
 
 
+def _refuse_packed(path: Path, file: BinaryIO) -> None:
+    ending = find_packed(file.peek(8)[:8])
+    if ending is not None:
+        do = f"Rename it to {path.name}{ending}, if its text is what {path.name} says"
+        if ending not in COMPRESSED_ENDINGS or path.suffix.lower() in COMPRESSED_ENDINGS:
+            do = f"Unpack it, such as with unzip or gunzip, and read what is in it ({ending})"
+        if ending == ".parquet":
+            do = f"Rename it to {path.stem}.parquet"
+        raise ValueError(f"{path}: no text: it holds the bytes of a {ending} file. {do}")
+
+
+def _refuse_utf8(path: Path, encoding: str) -> None:
+    """Most of UTF-8 is also gb18030 or cp1252: the wrong letters, and no error."""
+    decoder, is_ascii = codecs.getincrementaldecoder("utf-8")(), True
+    with open_file(path) as file:
+        try:
+            while piece := file.read(1 << 20):
+                decoder.decode(piece)
+                is_ascii = is_ascii and piece.isascii()
+                if b"\0" in piece:  # as UTF-16 has it
+                    return
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return
+    if not is_ascii:
+        raise ValueError(
+            f"{path}: not {encoding}, which was asked for. It is UTF-8: leave --encoding out, or "
+            "where the files have several encodings, pass --encoding auto"
+        )
+
+
 def _read_utf8(
     path: Path, file: BinaryIO, bad_rows: BadRows | None
 ) -> Iterator[tuple[int, str]]:
@@ -71,7 +106,7 @@ def _read_utf8(
         try:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-                if b"\0" in line or line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                if _is_wide(line):
                     bad_rows = None  # no broken row: a file in another encoding
                     raise UnicodeDecodeError("utf-8", line, max(0, line.find(b"\0")), 0, "")
             text = line.decode()
@@ -115,8 +150,7 @@ def guess_encodings(path: Path) -> tuple[list[str] | None, bytes]:
     lines, size = [], 0
     with open_file(path) as file:
         for number, line in enumerate(file, 1):
-            is_wide = number == 1 and (b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff"))
-            if is_wide:
+            if number == 1 and _is_wide(line):
                 sample = line + file.read(SAMPLE_BYTES)
                 return _match_encodings(sample[: len(sample) // 4 * 4]), sample[:120]
             try:
@@ -131,6 +165,12 @@ def guess_encodings(path: Path) -> tuple[list[str] | None, bytes]:
     if is_utf8:
         return None, b""
     return _match_encodings(b"".join(lines)), lines[0]
+
+
+def _is_wide(line: bytes) -> bool:
+    """Whether a first line is of UTF-16 or UTF-32: their mark, or every other byte is a NUL."""
+    has_mark = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return has_mark or line.count(b"\0") > len(line) / 3
 
 
 def _match_encodings(sample: bytes) -> list[str]:
