@@ -15,7 +15,8 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ class PrepareArguments(CleaningArguments):
     )
     encoding: str | None = field(
         default=None, metadata={"help": "of text that is not UTF-8: its name, or auto"}
+    )
+    text_field: str = field(
+        default="text", metadata={"help": "where rows have the text; text: or content, paragraphs"}
     )
     on_bad_row: str = field(
         default="raise", metadata={"help": "raise, or skip: count rows that cannot be read"}
@@ -97,6 +101,8 @@ def main(args: PrepareArguments) -> None:
 
 def check_arguments(args: PrepareArguments) -> None:
     """Raise ValueError where arguments contradict each other or say nothing."""
+    if not args.data_files:
+        raise ValueError("data_files is empty: name the training text, e.g. --data_files my.txt")
     check_budget(args.data_files, args.max_tokens, "max_tokens")
     check_cleaning(args)
     BadRows(args.on_bad_row)
@@ -148,11 +154,23 @@ def open_parts(directory: Path, identity: dict[str, Any]) -> Path:
 
 def encode_firsts(args: PrepareArguments, tokenizer: Any) -> str:
     """The lengths of the first document of each source, read and encoded as all would be."""
-    names = [*parse_shares(args.data_files), *args.validation_files]
-    firsts = [next(read_documents(name, encoding=args.encoding)) for name in names]
+    firsts = []
+    for names in filter(None, (parse_shares(args.data_files), args.validation_files)):
+        found = [text for name in names for text in islice(open_documents(args, name), 1)]
+        if not found:
+            raise ValueError(f"{list(names)}: no document, all rows are without text")
+        firsts += found
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
     encoded = encode(firsts, Encoding(f"{args.tokenizer}/tokenizer.json", *ends))
     return f"{encoded.lengths.tolist()} tokens"
+
+
+def open_documents(args: PrepareArguments, files: str | list[str], start: int = 0) -> Documents:
+    """The documents of a source behind the row `start`, with their own count of bad rows."""
+    return read_documents(
+        files, args.text_field, encoding=args.encoding, bad_rows=BadRows(args.on_bad_row),
+        start=start,
+    )  # fmt: skip
 
 
 def describe_encoding(
@@ -180,10 +198,7 @@ def open_sources(
     seen = Seen(removes_exact=args.exact_duplicates == "remove")
 
     def open_source(name, files, split, size=CHARACTERS_PER_PART, seed=args.seed):
-        def read(start: int) -> Documents:
-            bad_rows = BadRows(args.on_bad_row)
-            return read_documents(files, encoding=args.encoding, bad_rows=bad_rows, start=start)
-
+        read = partial(open_documents, args, files)
         how, own = encoding, seen
         if name == HELD_OUT:  # stays as it is
             how, own = Encoding(*encoding[:3]), Seen(removes_exact=False)

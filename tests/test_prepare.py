@@ -241,6 +241,38 @@ def test_bad_rows_and_empty_rows_are_said(run, tmp_path, capsys):
     assert "2 rows could not be read" in shown and "1 rows without text" in shown
 
 
+def test_the_text_is_where_text_field_says(run, tmp_path, tokenizer):
+    texts = make_texts(60)
+    rows = (json.dumps({"query": text, "label": 1}) for text in texts)
+    (tmp_path / "text.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    for given in ({}, {"on_bad_row": "skip"}):
+        with pytest.raises(ValueError, match="text.jsonl.*no field text.*Pass --text_field NAME"):
+            run(None, **given)
+    meta, directory = run(None, text_field="query")
+    assert meta["settings"]["text_field"] == "query"
+    assert set(read_texts(directory, "train", tokenizer)) < set(texts)
+
+
+def test_a_dry_run_reads_as_the_run_does(tokenizer, tokenizer_dir, tmp_path):
+    def first(content, **settings):
+        (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
+        files = {"data_files": [str(tmp_path / "x.jsonl")]} | settings
+        args = prepare.PrepareArguments(tokenizer=str(tokenizer_dir), **files)
+        prepare.check_arguments(args)
+        return prepare.encode_firsts(args, tokenizer)
+
+    text = '{"text": "The river"}\n'
+    length = len(tokenizer("The river")["input_ids"]) + 2
+    assert first("{oops\n" + text, on_bad_row="skip") == f"[{length}] tokens"
+    assert first(text.replace("text", "query"), text_field="query") == f"[{length}] tokens"
+    with pytest.raises(ValueError, match="x.jsonl:1: malformed"):
+        first("{oops\n" + text)
+    with pytest.raises(ValueError, match=r"x.jsonl'\]: no document, all rows are without text"):
+        first('{"text": " "}\n')
+    with pytest.raises(ValueError, match="data_files is empty: name the training text"):
+        first(text, data_files=[])
+
+
 def test_each_step_removes_what_it_says_with_examples(run, tmp_path, capsys):
     texts = make_texts(120)
     question = "How many stones did the old miller carry over the bridge before the long winter"

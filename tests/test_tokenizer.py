@@ -116,6 +116,27 @@ def test_other_encodings_and_bad_rows_are_read_as_by_prepare(tmp_path, capsys):
     assert "1 rows could not be read and were left out" in capsys.readouterr().out
 
 
+def test_a_text_of_nothing_makes_no_tokenizer(tmp_path):
+    rows = {"query": '{"query": "The river", "label": 1}\n' * 50, "blank": '{"text": " "}\n' * 50}
+    for name, content in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    out = tmp_path / "out"
+
+    def run(name, **given):
+        given |= {"data_files": [str(tmp_path / f"{name}.jsonl")], "output_dir": str(out)}
+        main(TokenizerArguments(vocab_size=300, **given))
+
+    with pytest.raises(ValueError, match=r"query.jsonl:1: no field text.*Pass --text_field NAME"):
+        run("query")
+    with pytest.raises(ValueError, match=r"query.jsonl: none of its 50 rows can be read.*no field"):
+        run("query", on_bad_row="skip")
+    with pytest.raises(ValueError, match="has no document: all rows are without text"):
+        run("blank")
+    assert not (out / "tokenizer.json").exists()
+    run("query", text_field="query")
+    assert json.loads((out / "run.json").read_text())["data"]["documents"] == 50
+
+
 def test_vocabulary_without_room_for_bytes_is_refused():
     with pytest.raises(ValueError, match="vocab_size 200 is too small: 266"):
         train_bpe(SENTENCES, 200, 16)

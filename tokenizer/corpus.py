@@ -10,7 +10,7 @@ line, or with `BadRows("skip")` it is counted and kept in a list.
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tokenizer.bad_rows import BadRows
@@ -40,13 +40,7 @@ class Documents(Iterator[str]):
     def __next__(self) -> str:
         for row in self._rows:
             self.position, self.source = self.position + 1, row.source
-            text = row.value.get(self._text_field)
-            if type(text) is not str:
-                try:
-                    text = get_text(row, self._text_field)
-                except ValueError as error:
-                    self.bad_rows.refuse(str(error))
-                    continue
+            text = row.value[self._text_field]
             if text and not text.isspace():
                 self.read += 1
                 return text
@@ -85,8 +79,20 @@ def read_documents(
         raise ValueError(f"txt_documents={txt_documents!r}; choose one of {list(TXT_DOCUMENTS)}")
     bad_rows = bad_rows or BadRows()
     options = {"txt_documents": txt_documents, "encoding": encoding, "bad_rows": bad_rows}
-    rows = read_rows(data_files, streaming=True, **options)
+    rows = read_rows(data_files, streaming=True, text_field=text_field, **options)
     return Documents(rows, text_field, bad_rows, start)
+
+
+def _require_text(rows: Iterable[Row], text_field: str, bad_rows: BadRows) -> Iterator[Row]:
+    """Rows with a text in that field, wherever `get_text` finds it; the others are refused."""
+    for row in rows:
+        if type(row.value.get(text_field)) is not str:
+            try:
+                row = row._replace(value={text_field: get_text(row, text_field)})
+            except ValueError as error:
+                bad_rows.refuse(str(error))
+                continue
+        yield row
 
 
 def get_text(row: Row, text_field: str = "text") -> str:
@@ -95,8 +101,9 @@ def get_text(row: Row, text_field: str = "text") -> str:
     name = next((name for name in names if name in row.value), None)
     if name is None:
         raise ValueError(
-            f"{row.source}: no field {' or '.join(names)}; the row has {list(row.value)}. Name it "
-            f'with text_field, or write rows such as {{"{names[0]}": "Once upon a time ..."}}'
+            f"{row.source}: no field {' or '.join(names)}; the row has {list(row.value)}. Pass "
+            "--text_field NAME to the stages that take it, or write rows such as "
+            f'{{"{names[0]}": "Once upon a time ..."}}'
         )
     value = "" if row.value[name] is None else row.value[name]
     parts = value if isinstance(value, list) else [value]
@@ -115,6 +122,7 @@ def read_rows(
     encoding: str | None = None,
     bad_rows: BadRows | None = None,
     streaming: bool = False,
+    text_field: str | None = None,
 ) -> Iterator[Row]:
     """Iterate over the rows of `data_files`, in the order of the files; the Hub's come last.
 
@@ -128,26 +136,32 @@ def read_rows(
         bad_rows: what becomes of rows that cannot be read; None makes the first an error.
         streaming: read Hub data over the network without keeping it, as a corpus of terabytes
             asks for; else it is downloaded once. Offline (HF_HUB_OFFLINE=1) the download is read.
+        text_field: where each row must have a text, found as `read_documents` says; None for any.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: unknown ending, empty file, not UTF-8, or a row that is no row.
+        ValueError: unknown ending, not UTF-8, a row that is no row, a file without one row to read.
     """
     names = [data_files] if isinstance(data_files, str | Path) else list(data_files)
     hub = [name for name in names if is_hub_name(name)]
     paths = [name for name in names if name not in hub]
     reading = Reading(columns, txt_documents, encoding, bad_rows or BadRows())
-    for path in list_files(paths) if paths or not hub else []:
+    files = list_files(paths) if paths or not hub else []
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
+    opened = chain(
+        ((str(path), read_file(path, reading)) for path in files),
+        ((name, read_hub_rows(name, streaming and not offline)) for name in hub),
+    )
+    for name, rows in opened:
         row, refused = None, reading.bad_rows.count
-        for row in read_file(path, reading):
+        for row in _require_text(rows, text_field, reading.bad_rows) if text_field else rows:
             yield row
         if row is None:
             refused = reading.bad_rows.count - refused
             why = f"none of its {refused} rows can be read" if refused else "it is empty"
-            raise ValueError(f"{path}: {why}; remove the file from data_files")
-    for name in hub:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-        yield from read_hub_rows(name, streaming and not offline)
+            found = (one for one in reversed(reading.bad_rows.messages) if one.startswith(name))
+            last = "".join(f". Its last: {one}" for one in islice(found, 1))
+            raise ValueError(f"{name}: {why}; remove it from data_files{last}")
 
 
 def split_documents(

@@ -43,6 +43,9 @@ class TokenizerArguments:
     encoding: str | None = field(
         default=None, metadata={"help": "of text that is not UTF-8: its name, or auto"}
     )
+    text_field: str = field(
+        default="text", metadata={"help": "where rows have the text; text: or content, paragraphs"}
+    )
     on_bad_row: str = field(
         default="raise", metadata={"help": "raise, or skip: count rows that cannot be read"}
     )
@@ -57,6 +60,7 @@ def main(args: TokenizerArguments) -> None:
     run = stages.start_run("tokenizer", args.output_dir, [args], data_files=data_files)
     bad_rows = BadRows(args.on_bad_row)
     documents, held_out = read_text(args, bad_rows)
+    documents = require_documents(documents)
     if run.scratch is not None:
         run.end_dry_run(**count_text(documents, held_out))
     pieces = Pieces(show_progress(documents))
@@ -83,7 +87,8 @@ def read_text(
     Args:
         bad_rows: where those of what is trained on are counted.
     """
-    read = partial(read_documents, encoding=args.encoding, bad_rows=bad_rows)
+    options = {"text_field": args.text_field, "encoding": args.encoding}
+    read = partial(read_documents, **options, bad_rows=bad_rows)
     measure = partial(read, bad_rows=BadRows(args.on_bad_row))  # no row is counted twice
     if args.max_bytes is None:
         return read(args.data_files), group_by_language(
@@ -115,6 +120,18 @@ def show_progress(documents: Iterable[str]) -> Iterator[str]:
         for text in documents:
             yield text
             bar.update(_count_bytes(text))
+
+
+def require_documents(documents: Iterable[str]) -> Iterator[str]:
+    """Pass the documents on; raises ValueError where there is none."""
+    text = None
+    for text in documents:
+        yield text
+    if text is None:
+        raise ValueError(
+            "data_files has no document: all rows are without text. Name the field that holds it, "
+            "e.g. --text_field content, or give other files"
+        )
 
 
 def describe(pieces: Pieces) -> str:
