@@ -246,6 +246,7 @@ def _read_table(path: Path, lines: Iterable[tuple[int, str]], reading: Reading) 
         if names is None and any(cells):
             names = [cell.strip() for cell in cells]
             if ending == ".csv" or all(name.isidentifier() for name in names if name):
+                _check_header(f"{path}:{number}", names)
                 continue
             names = [f"column_{position}" for position in range(1, len(cells) + 1)]
         if any(cells):
@@ -260,8 +261,15 @@ def _read_table(path: Path, lines: Iterable[tuple[int, str]], reading: Reading) 
 def _read_cells(
     path: Path, ending: str, lines: Iterable[tuple[int, str]], bad_rows: BadRows
 ) -> Iterator[tuple[int, list[str]]]:
+    old_ends = (
+        "CR alone outside of quotes, as old Macs end lines. Convert a copy: "
+        f"tr '\\r' '\\n' < {path.name} > copy"
+    )
     if ending == ".tsv":
-        yield from ((number, line.rstrip("\n").split("\t")) for number, line in lines)
+        for number, line in lines:
+            if number == 1 and "\r" in line and not line.endswith("\n"):  # it is the whole file
+                raise ValueError(f"{path}:1: {old_ends}")
+            yield number, line.rstrip("\n").split("\t")
         return
     # The library's limit of 131,072 characters a cell is shorter than many documents.
     csv.field_size_limit(1 << 30)
@@ -270,7 +278,8 @@ def _read_cells(
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            message = f"{path}:{number}: malformed row: {error}"
+            what = old_ends if "new-line" in str(error) else error
+            message = f"{path}:{number}: malformed row: {what}"
             if reader.line_num > number:  # a quote took other rows in, perhaps all of them
                 raise ValueError(
                     f"{message}. A quote opens in this row, and up to line {reader.line_num} "
@@ -285,6 +294,15 @@ def _read_cells(
         number = reader.line_num + 1
 
 
+def _check_header(source: str, names: list[str]) -> None:
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{source}: the header names the column {twice!r} twice: {shorten(names)}. Name each "
+            f"column once. {TABLE_EXAMPLE}"
+        )
+
+
 def _make_table_row(source: str, names: list[str], cells: list[str]) -> Row:
     pairs = list(zip(names, cells, strict=False))
     # Spreadsheets leave columns without a name, left out here as long as they are empty.
@@ -292,8 +310,9 @@ def _make_table_row(source: str, names: list[str], cells: list[str]) -> Row:
     what = f"{len(cells)} cells {shorten(cells)} do not fit the {len(names)} columns {names}"
     if len(cells) != len(names):
         raise ValueError(f"{source}: {what}. Quote cells that hold the delimiter. {TABLE_EXAMPLE}")
-    if "" in dict(named) or len(dict(named)) < len(named):
-        raise ValueError(f"{source}: {what}. Name each column, and once. {TABLE_EXAMPLE}")
+    if "" in dict(named):
+        what = f"the cell {shorten(dict(named)[''])} stands in a column without a name: {names}"
+        raise ValueError(f"{source}: {what}. Name each column in the header. {TABLE_EXAMPLE}")
     return Row(source, dict(named))
 
 
