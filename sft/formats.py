@@ -63,10 +63,14 @@ def read_alpaca(row: Row) -> Messages:
 
 def read_instruction(row: Row) -> Messages:
     """System, history, then instruction and input, joined by a newline."""
-    messages = []
-    for turn in row.value.get("history") or []:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError(f"{row.source}: history must be [[question, answer], ...]")
+    messages, history = [], row.value.get("history") or []
+    for turn in history if isinstance(history, list) else [history]:
+        is_pair = isinstance(turn, list) and len(turn) == 2
+        if not is_pair or not all(isinstance(text, str) for text in turn):
+            raise ValueError(
+                f"{row.source}: history must be [[question, answer], ...], all texts, such as "
+                f'[["Hi", "Hello"]]; it has {shorten(turn)}'
+            )
         messages += [make_message("user", turn[0]), make_message("assistant", turn[1])]
     parts = [get_string(row, "instruction"), get_string(row, "input", required=False)]
     user = "\n".join(filter(str.strip, parts))
@@ -123,8 +127,9 @@ def parse_message(row: Row, message: Any) -> dict[str, Any]:
     role, content = message[keys[0]], message[keys[1]]
     if role in TOOL_ROLES or message.get("tool_calls"):
         raise Refused(TOOL_CALLS)
-    if role not in ROLES:
-        raise ValueError(f"{row.source}: unknown role {role!r}; known roles: {sorted(ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        known = f'known roles: {sorted(ROLES)}, such as {{"{keys[0]}": "user", "{keys[1]}": "Hi"}}'
+        raise ValueError(f"{row.source}: unknown role {shorten(role)}; {known}")
     turn, weight = make_message(ROLES[role], join_parts(row, content)), read_weight(row, message)
     if turn["role"] == "assistant":
         return turn if weight in (None, 1) else turn | {"loss_weight": weight}

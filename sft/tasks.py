@@ -44,8 +44,8 @@ def read_task(row: Row, layout: Layout) -> dict[str, Any]:
     answer = read_task_answer(row, layout.needs[1])
     verifier = row.value.get("verifier") or choose_verifier(answer)
     if verifier == "contains":
-        answer = "|".join(dict.fromkeys([answer, *(row.value.get("aliases") or [])]))
-    if verifier not in VERIFIERS:
+        answer = "|".join(dict.fromkeys([answer, *read_aliases(row)]))
+    if not isinstance(verifier, str) or verifier not in VERIFIERS:
         raise ValueError(
             f"{row.source}: verifier={verifier!r} is unknown; choose one of {sorted(VERIFIERS)}"
         )
@@ -60,6 +60,17 @@ def read_task(row: Row, layout: Layout) -> dict[str, Any]:
     return {
         "prompt": prompt, "answer": answer, "verifier": verifier, "level": int(level), "kind": kind
     }  # fmt: skip
+
+
+def read_aliases(row: Row) -> list[str]:
+    """Other right answers."""
+    aliases = row.value.get("aliases") or []
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+        raise ValueError(
+            f'{row.source}: aliases must be a list of texts, such as ["4", "four"]; it is '
+            f"{shorten(aliases)}"
+        )
+    return aliases
 
 
 def choose_verifier(answer: str) -> str:

@@ -168,6 +168,15 @@ def test_a_task_that_can_never_be_right_is_dropped(write):
     ("row", "message"),
     [
         ({"prompt": "Hi"}, r"x.jsonl:1: no known layout"),
+        ({"prompt": "a", "answer": "b", "verifier": ["exact"]}, r"x.jsonl:1: verifier=\['exact'\]"),
+        (
+            {"prompt": "a", "answer": "b", "verifier": "contains", "aliases": [4]},
+            r"x.jsonl:1: aliases must be a list of texts, such as .*it is \[4\]",
+        ),
+        (
+            {"prompt": "a", "answer": "b", "verifier": "contains", "aliases": "four"},
+            r"x.jsonl:1: aliases must be a list of texts.*it is 'four'",
+        ),
         ({"prompt": "a", "answer": "b", "verifier": "nmbr"}, r"x.jsonl:1: verifier='nmbr'.*exact"),
         ({"prompt": "a", "answer": ["b"]}, r"x.jsonl:1: field 'answer' must be a text or a number"),
         ({"prompt": "a", "answer": "b", "level": "easy"}, r"x.jsonl:1: level must be.*'easy'"),

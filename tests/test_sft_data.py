@@ -128,6 +128,11 @@ def test_refused_rows_are_counted_with_reason_and_source(write, row, reason):
         ({"messages": [turn("user", [{"x": 1}])]}, r"x.jsonl:2: content must be a text"),
         ({"instruction": 7, "output": "x"}, r"x.jsonl:2: field 'instruction' must be a string"),
         ({"instruction": "a", "output": "x", "history": ["a"]}, r"x.jsonl:2: history must be"),
+        ({"instruction": "a", "output": "x", "history": [["a", 7]]}, r"x.jsonl:2: history .*, 7\]"),
+        ({"instruction": "a", "output": "x", "history": 7}, r"x.jsonl:2: history must.*has 7"),
+        ({"messages": [turn(["user"], "x")]}, r"x.jsonl:2: unknown role \['user'\].*such as"),
+        ({"messages": [turn({"a": 1}, "x")]}, r"x.jsonl:2: unknown role {'a': 1}"),
+        ({"conversations": [{"from": [], "value": ""}]}, r"x.jsonl:2: unknown role \[\].*\"from\""),
     ],
 )
 def test_rows_that_cannot_be_read(write, row, message):
