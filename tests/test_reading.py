@@ -187,6 +187,11 @@ def test_bad_rows_of_tables_and_of_json(write):
     table = write("x.csv", 'text,n\na,1\nb\n"c"d,1\n"e\nf",2\n')
     values = [row.value["text"] for row in read_rows(table, bad_rows=bad_rows)]
     assert values == ["a", "e\nf"] and bad_rows.count == 2
+    taken_in = write("y.csv", 'text,n\na,1\n"b,2\nc,3\nd",4,5\ne,6\n')
+    assert [row.value["n"] for row in read_rows(taken_in, bad_rows=bad_rows)] == ["1", "6"]
+    assert "y.csv:3: 3 cells" in bad_rows.messages[-1]
+    assert "It goes on to line 5, in quotes. Expected a header" in bad_rows.messages.pop()
+    bad_rows.count -= 1
     rows = write("x.json", '[{"text": "a"},\n7,\n{"text": "\\ud83d"},\n{"text": "b"}]')
     assert list(read_documents(rows, bad_rows=bad_rows)) == ["a", "b"] and bad_rows.count == 4
     lines = write("y.json", '{"text": "a"}\n{"text" 1}\n{"text": "b"}\n')

@@ -253,7 +253,9 @@ def _read_table(path: Path, lines: Iterable[tuple[int, str]], reading: Reading) 
             try:
                 row = _make_table_row(f"{path}:{number}", names, cells)
             except ValueError as error:
-                bad_rows.refuse(str(error))
+                breaks = sum(cell.count("\n") for cell in cells)
+                upto = f" It goes on to line {number + breaks}, in quotes." if breaks else ""
+                bad_rows.refuse(f"{error}.{upto} {TABLE_EXAMPLE}")
                 continue
             yield row
 
@@ -309,10 +311,10 @@ def _make_table_row(source: str, names: list[str], cells: list[str]) -> Row:
     named = [(name, cell) for name, cell in pairs if name or cell]
     what = f"{len(cells)} cells {shorten(cells)} do not fit the {len(names)} columns {names}"
     if len(cells) != len(names):
-        raise ValueError(f"{source}: {what}. Quote cells that hold the delimiter. {TABLE_EXAMPLE}")
+        raise ValueError(f"{source}: {what}. Quote cells that hold the delimiter")
     if "" in dict(named):
         what = f"the cell {shorten(dict(named)[''])} stands in a column without a name: {names}"
-        raise ValueError(f"{source}: {what}. Name each column in the header. {TABLE_EXAMPLE}")
+        raise ValueError(f"{source}: {what}. Name each column in the header")
     return Row(source, dict(named))
 
 

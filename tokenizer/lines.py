@@ -71,7 +71,7 @@ def open_file(path: Path) -> BinaryIO:
 def _refuse_packed(path: Path, file: BinaryIO) -> None:
     ending = find_packed(file.peek(8)[:8])
     if ending is not None:
-        do = f"Rename it to {path.name}{ending}, if its text is what {path.name} says"
+        do = f"Rename it to {path.name}{ending}, or unpack it"
         if ending not in COMPRESSED_ENDINGS or path.suffix.lower() in COMPRESSED_ENDINGS:
             do = f"Unpack it, such as with unzip or gunzip, and read what is in it ({ending})"
         if ending == ".parquet":
