@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -163,14 +164,16 @@ def build(arena: Arena) -> Any:
             sampling = arena_models.Sampling(*knobs)
             prompt, right = prompt or "", right or ""  # null where nobody has opened the field
             try:
+                emptied = ""  # once: what is typed while the answers come is the next prompt
                 for now in arena.answer(turns, prompt, chosen, right, verifier, sampling):
-                    yield now, arena_page.render(now), "", "", gr.skip()
+                    yield now, arena_page.render(now), emptied, emptied, gr.skip()
+                    emptied = gr.skip()
             except ValueError as error:
                 gr.Warning(str(error))
                 yield turns, arena_page.render(turns), prompt, right, gr.skip()
                 return
             saved = gr.DownloadButton(value=write(arena, now), interactive=True)
-            yield now, gr.skip(), "", "", saved
+            yield now, gr.skip(), gr.skip(), gr.skip(), saved
 
         def forget():
             return [], arena_page.render([]), gr.DownloadButton(interactive=False)
@@ -228,10 +231,23 @@ def launch(arena: Arena, port: int | None, open_browser: bool) -> tuple[Any, str
     return page, address
 
 
+def check_port(port: int) -> None:
+    """Raise ValueError where the page could not listen there: before the models are loaded."""
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"--port {port} cannot be used: {error}. Leave --port out to take a free one"
+            ) from None
+
+
 def main(args: argparse.Namespace) -> None:
     """Load the models and serve the page until Ctrl+C."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("the arena needs gradio: pip install -r requirements-extras.txt")
+    if args.port is not None:
+        check_port(args.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from transformers import logging
 

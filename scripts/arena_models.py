@@ -151,7 +151,7 @@ class Contestant:
 
     def _tokens(self, prompt: list[int], sampling: Sampling, room: int) -> Iterator[Token]:
         device = self.model.device
-        chance = torch.Generator(device).manual_seed(int(sampling.seed))
+        chance = torch.Generator(device).manual_seed(int(sampling.seed or 0))  # None: emptied
         processors = sampling.processors()
         ids, cache = torch.tensor([prompt], device=device), None
         for _ in range(room):
@@ -264,6 +264,9 @@ def judge(
         model, tokenizer = scorer
         if len(encode_messages(said, tokenizer)) <= context_length(model):
             answer.reward_score = score_conversations(model, tokenizer, [said])[0]
+        else:
+            too_long = "too long for the reward model 对奖励模型太长"
+            answer.note = ", ".join(filter(None, [answer.note, too_long]))
 
 
 def as_record(answer: Answer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ are chosen by every stage itself (pretrain/hardware.py).
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -18,10 +19,10 @@ import yaml
 
 # Of configs/tiny on 2 cores at REFERENCE_PEAK (matrix products, FLOP/s), from its run.json files:
 # seconds of pretraining and of all other stages, and the bytes that each took at its peak.
-REFERENCE_PEAK = 0.91e12
-PRETRAINING_S = 305
-OTHER_STAGES_S = 233
-PEAKS = {"sft": 3.21e9, "reward": 2.36e9, "dpo": 2.28e9, "ppo": 1.88e9, "grpo": 2.59e9}
+REFERENCE_PEAK = 1.0e12
+PRETRAINING_S = 295
+OTHER_STAGES_S = 325
+PEAKS = {"sft": 3.29e9, "reward": 2.59e9, "dpo": 2.73e9, "ppo": 3.46e9, "grpo": 4.92e9}
 LIBRARIES = 0.8e9  # of a peak: stays whatever the batch is
 SHARE = 0.6  # of the memory, at most; and of what is free all but KEPT_FREE
 KEPT_FREE = 1e9
@@ -95,7 +96,7 @@ def choose(machine: Machine, minutes: float, network: bool = False) -> Choice:
     Raises:
         ValueError: no time.
     """
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}: give a positive number")
     ceiling = max(min(SHARE * machine.memory, machine.free - KEPT_FREE), KEPT_FREE)
     slower = min(max(REFERENCE_PEAK / machine.peak, 0.3), 8)
@@ -174,4 +175,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=15, help="time for all stages together")
     parser.add_argument("--network", action="store_true", help="public data may be downloaded")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as error:
+        sys.exit(str(error))

@@ -117,10 +117,10 @@ def run(command: list[str], directory: Path) -> float:
     directory.mkdir()
     log = directory.with_suffix(".log")
     before = os.times()
-    with open(log, "w") as file:
+    with open(log, "w", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
     after = os.times()
     return sum(after[2:4]) - sum(before[2:4])  # of children: user and system
 
@@ -131,10 +131,10 @@ def measure(args: argparse.Namespace, directory: Path, rollouts: int) -> dict:
 
     steps = rollouts * MINIBATCHES * EPOCHS
     policy = directory / f"checkpoint-{steps}"
-    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text("utf-8").splitlines())
     seconds = next(line["elapsed_s"] for line in lines if line["step"] == steps)
     config = directory.parent / "eval.yaml"
-    config.write_text(f"chat_files: {args.test}\nmax_rows: 240\nmax_new_tokens: 56\n")
+    config.write_text(f"chat_files: {args.test}\nmax_rows: 240\nmax_new_tokens: 56\n", "utf-8")
     start, judge = str(args.recipe / "sft"), str(args.recipe / "reward")
     metrics = evaluate_policy(str(policy), str(config), judge, start)
     found = {"rollouts": rollouts, "seconds": seconds, "score": metrics["reward_score"]["value"]}
@@ -191,7 +191,7 @@ def train_with_trl(job: dict) -> None:
         def on_step_end(self, args, state, control, **kwargs):
             steps = state.global_step * MINIBATCHES * EPOCHS
             line = {"step": steps, "elapsed_s": time.time() - self.started_at}
-            with open(directory / "metrics.jsonl", "a") as file:
+            with open(directory / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if state.global_step % job["every"] == 0:
                 policy = trainer.accelerator.unwrap_model(trainer.model).policy

@@ -140,6 +140,17 @@ def test_control_tokens_in_a_prompt_stay_text(arena):
         assert injected[0]["content"] in one.tokenizer.decode(ids)
 
 
+def test_a_port_is_checked_before_the_models_are_loaded(scripts):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for port in (taken.getsockname()[1], 99_999):
+            with pytest.raises(ValueError, match=f"--port {port} cannot be used"):
+                scripts("arena").check_port(port)
+
+
 def test_old_turns_are_forgotten_aloud_and_a_long_prompt_is_refused(scripts, arena):
     models = scripts("arena_models")
     one = arena.contestant("sft")
@@ -243,7 +254,10 @@ def test_in_a_browser(arena, address, browser, tmp_path):
     page.fill("#prompt textarea", HOSTILE)
     page.keyboard.press("Enter")
     page.wait_for_selector("#session .card")
+    page.fill("#prompt textarea", "the next one, typed meanwhile")
     page.wait_for_function("!document.querySelector('#session .writing')")
+    page.wait_for_timeout(1_000)  # the last frames
+    assert page.input_value("#prompt textarea") == "the next one, typed meanwhile"
     assert page.locator("#session .card.cut, #session .card.stopped").count() == 2
     assert page.locator("#session .said").inner_text() == HOSTILE
     assert page.locator("#session img, #session script").count() == 0
@@ -254,6 +268,7 @@ def test_in_a_browser(arena, address, browser, tmp_path):
     page.get_by_role("tab", name="Report card").click()
     assert page.frame_locator("iframe.card-report").locator("h1").inner_text() == "card"
     assert page.title() != "no"
+    assert page.locator("iframe.card-report").bounding_box()["width"] > 1_000
     page.get_by_role("tab", name="Arena").click()
     with page.expect_download() as download:
         page.click("#save")
