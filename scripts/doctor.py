@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import sys
+from dataclasses import is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ LEAST_FREE = 2e9  # bytes
 SIGNS = {"ok": "✓", "warn": "!", "fail": "✗", "title": ""}
 INPUTS = ("tokenizer", "data_dir", "model_name_or_path", "reward_model")
 FILES = ("data_files", "validation_files", "test_files")
+FILES += ("chat_files", "fact_files", "task_files", "text_files")  # of eval.yaml
 
 
 class Finding(NamedTuple):
@@ -53,20 +55,31 @@ def main(args: argparse.Namespace) -> int:
     return int(any(one.verdict == "fail" for one in found))
 
 
+def list_stages() -> dict[str, Any]:
+    """What a recipe can have a YAML of: the stages in their order, the classifier, the guards."""
+    import stages
+
+    others = {"classifier": stages.BRANCHES["classifier"], "eval": stages.Stage("sft.eval", False)}
+    return stages.STAGES | others
+
+
+def find_stage(path: Path) -> str | None:
+    """The stage that a YAML is named after: grpo.yaml and grpo_reward.yaml are GRPO's."""
+    return next((name for name in list_stages() if f"{path.stem}_".startswith(f"{name}_")), None)
+
+
 def list_configs(config: str | None) -> list[Path]:
-    """The YAMLs of a recipe in the order of the stages, or the one that is named.
+    """Every YAML of a recipe in the order of the stages, or the one that is named.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    import stages
-
     path = Path(config) if config else None
     if path is None or path.is_file():
         return [path] if path else []
-    paths = [path / f"{stage}.yaml" for stage in stages.STAGES]
-    paths = [one for one in paths if one.is_file()]
-    if not paths:
+    order, paths = [*list_stages(), None], sorted(path.glob("*.yaml"))
+    paths.sort(key=lambda one: order.index(find_stage(one)))
+    if not any(map(find_stage, paths)):
         known = ", ".join(sorted(p.parent.as_posix() for p in Path("configs").glob("*/sft.yaml")))
         raise FileNotFoundError(f"{config} is no stage's YAML and no recipe; recipes: {known}")
     return paths
@@ -147,12 +160,10 @@ def check_machine() -> list[Finding]:
 
 def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
     """One YAML: it parses, its inputs and data are there, its rows fit, its batch and costs."""
-    import stages
-
-    stage = next((name for name in stages.STAGES if f"{path.stem}_".startswith(f"{name}_")), None)
+    stage, known = find_stage(path), list_stages()
+    found = [Finding("title", "title_stage", {"stage": stage or "?", "config": path.as_posix()})]
     if stage is None:
-        raise ValueError(f"{path}: name it after its stage, one of {', '.join(stages.STAGES)}")
-    found = [Finding("title", "title_stage", {"stage": stage, "config": path.as_posix()})]
+        return [*found, Finding("fail", "config_nameless", {"names": ", ".join(known)})]
     try:
         parsed = parse(stage, path)
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -161,12 +172,15 @@ def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
     values = {key: value for one in reversed(parsed) for key, value in vars(one).items()}
     found += [one for key in INPUTS for one in check_input(values.get(key), path, is_recipe)]
     is_ready = all(one.message not in ("input_later", "input_bad") for one in found)
+    found += check_eval_config(values.get("eval_config"))
     names = [name for key in FILES for name in values.get(key) or []]
     found += [one for name in names for one in check_data(name)]
     is_ready = is_ready and all(one.verdict != "fail" for one in found)
-    if is_ready and stages.STAGES[stage].trains and stage != "pretrain":
+    if is_ready and stage == "classifier":
+        found += attempt(lambda: check_labels(values))
+    elif is_ready and known[stage].trains and stage != "pretrain":
         found += attempt(lambda: check_rows(stage, path, values))
-    if stages.STAGES[stage].trains:
+    if known[stage].trains:
         found.append(describe_batch(parsed[1]))
     if stage == "pretrain":
         found += attempt(lambda: check_costs(*parsed))
@@ -178,9 +192,9 @@ def parse(stage: str, path: Path) -> tuple:
     import stages
     from pretrain.hardware import training_defaults
 
-    module = importlib.import_module(stages.STAGES[stage].module)
-    classes = [kind for name, kind in module.main.__annotations__.items() if name != "return"]
-    defaults = training_defaults() if stages.STAGES[stage].trains else None
+    module = importlib.import_module(list_stages()[stage].module)
+    classes = [kind for kind in module.main.__annotations__.values() if is_dataclass(kind)]
+    defaults = training_defaults() if list_stages()[stage].trains else None
     return stages.parse_args(classes, ["--config", str(path)], defaults)
 
 
@@ -209,6 +223,17 @@ def check_input(directory: str | None, path: Path, is_recipe: bool) -> list[Find
     return [Finding("ok", "input_ok" if here.is_dir() else "input_hub", words)]
 
 
+def check_eval_config(name: str | None) -> list[Finding]:
+    """Whether the guards' YAML is there and parses: it is read only when a stage has trained."""
+    if name is None:
+        return []
+    try:
+        parse("eval", Path(name))
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        return [Finding("fail", "eval_bad", {"name": name, "error": error})]
+    return [Finding("ok", "eval_ok", {"name": name})]
+
+
 def check_data(name: str) -> list[Finding]:
     """Whether the first rows of a source can be read."""
     from tokenizer.corpus import is_hub_name, list_files, read_rows
@@ -222,6 +247,19 @@ def check_data(name: str) -> list[Finding]:
     except (ValueError, OSError) as error:
         return [Finding("fail", "data_bad", {"error": error})]
     return [Finding("ok", "data_ok", {"name": name, "rows": f"{rows:,}"})]
+
+
+def check_labels(values: dict[str, Any]) -> list[Finding]:
+    """The classifier's rows and their labels, as it splits them."""
+    from sft.labels import SPLITS, load_splits
+
+    files = dict(zip(SPLITS, (values[key] for key in FILES), strict=False))
+    columns = (values["text_column"], values["label_column"])
+    shares = (values["validation_share"], values["test_share"])
+    summary = load_splits(files, columns, shares, values["balance"], values["seed"])[1]
+    labels = summary.splits["train"]
+    words = {"rows": sum(labels.values()), "labels": ", ".join(labels)}
+    return [Finding("ok", "labels_ok", words)]
 
 
 def check_rows(stage: str, path: Path, values: dict[str, Any]) -> list[Finding]:

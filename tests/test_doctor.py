@@ -120,6 +120,44 @@ def test_what_is_wrong_is_named(doctor, tmp_path, base_dir, rows, keys, message,
     assert words in " ".join(map(str, one.words.values()))
 
 
+def test_every_yaml_of_a_recipe_is_looked_at(doctor, tmp_path):
+    names = [path.name for path in doctor.list_configs(str(ROOT / "configs/tiny"))]
+    assert names == ["tokenizer.yaml", "prepare.yaml", "pretrain.yaml", "sft.yaml", "reward.yaml",
+                     "dpo.yaml", "ppo.yaml", "grpo.yaml", "grpo_reward.yaml", "classifier.yaml",
+                     "eval.yaml"]  # fmt: skip
+    for name in ("classifier", "eval", "grpo_mine"):
+        (tmp_path / f"{name}.yaml").write_text("nonsens: 1\n")
+    (tmp_path / "notes.yaml").write_text("a: 1\n")
+    paths = doctor.list_configs(str(tmp_path))
+    assert [path.stem for path in paths] == ["grpo_mine", "classifier", "eval", "notes"]
+    *bad, nameless = [doctor.check_stage(path, is_recipe=True) for path in paths]
+    for found in bad:
+        assert found[1].message == "config_bad" and "'nonsens'" in str(found[1].words["error"])
+    assert ("fail", "config_nameless") in verdicts(nameless)
+
+
+def test_the_guards_yaml_is_read_before_training(doctor, tmp_path, base_dir):
+    (tmp_path / "eval.yaml").write_text("max_rwos: 3\n")
+    for name, words in (("/nope/eval.yaml", "no such file"),
+                        (tmp_path / "eval.yaml", "did you mean 'max_rows'")):  # fmt: skip
+        found = doctor.check_stage(
+            write_sft(tmp_path, base_dir, GOOD, eval_config=name), is_recipe=False
+        )
+        (one,) = [one for one in found if one.verdict == "fail"]
+        assert one.message == "eval_bad" and words in str(one.words["error"])
+
+
+def test_a_classifier_is_looked_at(doctor, tmp_path, base_dir):
+    path = write_sft(tmp_path, base_dir, "", data_files=tmp_path / "labels.csv")
+    path = path.rename(tmp_path / "classifier.yaml")
+    rows = "".join(f"letter {i},{'praise' if i % 2 else 'question'}\n" for i in range(60))
+    (tmp_path / "labels.csv").write_text(f"text,label\n{rows}")
+    found = doctor.check_stage(path, is_recipe=False)
+    assert {one.verdict for one in found} == {"title", "ok"}
+    (one,) = [one for one in found if one.message == "labels_ok"]
+    assert one.words["labels"] == "praise, question"
+
+
 def test_a_recipe_need_not_have_run(doctor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
