@@ -6,46 +6,28 @@ Writes  a page without outside parts, output/<recipe>/inspect-<stage>.html
     python scripts/inspect_data.py configs/tiny/sft.yaml
     python scripts/inspect_data.py configs/tiny/dpo.yaml --rows 30 --html pairs.html
 
-The stages' own functions read, check and render the rows; nothing is trained. The page is in
-inspect_data.html.jinja; whatever stands in the data is shown as text.
+The stages' own functions read, check and render the rows; nothing is trained. How they look is in
+inspect_page.py.
 """
 
 import argparse
 import difflib
 import importlib
-import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
+from inspect_page import COUNTED, Box, Side, View, format_terminal, render_page
 
 import stages
 from tokenizer.eval import detect_language
 from tokenizer.vocabulary import readable
 
-BARS = 32  # of the length histogram
-COUNTED = 20_000  # rows that lengths, duplicates and languages are of, at most
+ANY_LENGTH = 10**9  # tokens
 PRETRAINS = ("prepare", "pretrain")
 PAIRED = ("reward", "dpo")
-
-
-class Box(NamedTuple):
-    """A token: its text, id, and what it is (trained, end, border, differs, score)."""
-
-    text: str
-    id: int
-    flags: tuple[str, ...]
-
-
-class Side(NamedTuple):
-    """A sequence of a row: a title ("" of a single one) and its tokens."""
-
-    title: str
-    boxes: list[Box]
 
 
 class Sequence(NamedTuple):
@@ -54,29 +36,6 @@ class Sequence(NamedTuple):
     ids: list[int]
     trained: list[bool]
     borders: frozenset[int] = frozenset()
-
-
-@dataclass
-class View:
-    """All that the page shows."""
-
-    stage: str
-    config: str
-    limit: int | None  # tokens; longer rows are cut or left out
-    beyond: str = ""  # what becomes of a row that is longer
-    notes: list[str] = field(default_factory=list)
-    rows: list[tuple[str, list[Side]]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    trained_tokens: int = 0
-    tokens: int = 0
-    with_end: int = 0
-    duplicates: int = 0
-    languages: Counter = field(default_factory=Counter)
-
-    @property
-    def too_long(self) -> int:
-        """Rows with more tokens than the limit."""
-        return sum(length > self.limit for length in self.lengths) if self.limit else 0
 
 
 def main(args: argparse.Namespace) -> None:
@@ -101,8 +60,7 @@ def look(config: str, shown: int) -> View:
         FileNotFoundError: the stage before has not run; the message has its command.
     """
     path = Path(config)
-    names = [name for name in stages.STAGES if f"{path.stem}_".startswith(f"{name}_")]
-    stage = names[0] if names else None
+    stage = next((name for name in stages.STAGES if f"{path.stem}_".startswith(f"{name}_")), None)
     if stage is None:
         raise ValueError(f"{config}: name it after its stage, one of {', '.join(stages.STAGES)}")
     module = importlib.import_module(stages.STAGES[stage].module)
@@ -128,7 +86,7 @@ def look_at_text(view: View, shown: int, args: Any) -> None:
     documents = islice(read_documents([*parse_shares(args.data_files)]), COUNTED)
     rows = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
     view.notes.append("documents of the training text; no loss here, so nothing is coloured")
-    add_single(view, shown, tokenizer, (Sequence(ids, [False] * len(ids)) for ids in rows))
+    add_single(view, shown, tokenizer, [Sequence(ids, [False] * len(ids)) for ids in rows])
 
 
 def look_at_blocks(view: View, shown: int, args: Any, *_: Any) -> None:
@@ -152,28 +110,22 @@ def look_at_blocks(view: View, shown: int, args: Any, *_: Any) -> None:
 
 def look_at_chats(view: View, shown: int, args: Any, training_args: Any, model_args: Any) -> None:
     """Conversations with the mask of the assistant's tokens, packed where the recipe packs."""
-    from transformers import AutoConfig
-
     from sft.data import load_mixture
     from sft.rendering import render
-    from sft.train import load_chat_tokenizer
 
-    base = stages.require_input(model_args.model_name_or_path, "tokenizer.json")
-    tokenizer = load_chat_tokenizer(base, training_args.chat_template_path)
+    tokenizer, context = load_chat(model_args, training_args)
     rows, summary = load_mixture(args.data_files, training_args.seed)
-    rendered, kept = render(rows[:COUNTED], tokenizer, max_length=10**9)
+    rendered, kept = render(rows[:COUNTED], tokenizer, ANY_LENGTH)
     view.notes += dict.fromkeys([*str(summary).splitlines(), *str(kept).splitlines()])
-    context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
     view.limit = training_args.max_length or context
     view.beyond = "left out: cut, they would teach no end"
     chats = [Sequence(r["input_ids"], [bool(m) for m in r["assistant_masks"]]) for r in rendered]
+    count_rows(view, tokenizer, chats)
+    chats = [chat for chat in chats if not view.limit or len(chat.ids) <= view.limit]
     if training_args.packing:
-        count_rows(view, tokenizer, chats)
-        chats = [chat for chat in chats if len(chat.ids) <= view.limit]
-        packed = pack(chats, view.limit, training_args.packing_strategy)
-        view.notes.append(f"packed ({training_args.packing_strategy}): {len(packed):,} sequences")
-        return show_single(view, shown, tokenizer, packed)
-    add_single(view, shown, tokenizer, chats)
+        chats = pack(chats, view.limit, training_args.packing_strategy)
+        view.notes.append(f"packed ({training_args.packing_strategy}): {len(chats):,} sequences")
+    show_single(view, shown, tokenizer, chats)
 
 
 def pack(chats: list[Sequence], length: int, strategy: str) -> list[Sequence]:
@@ -195,22 +147,25 @@ def pack(chats: list[Sequence], length: int, strategy: str) -> list[Sequence]:
 def look_at_pairs(view: View, shown: int, args: Any, training_args: Any, model_args: Any) -> None:
     """Chosen against rejected: DPO trains on the answers, a reward model scores the last token."""
     from rlhf.data import load_preferences
-    from sft.train import load_chat_tokenizer
+    from rlhf.pairs import fit_pairs, tokenize_pairs
 
-    base = stages.require_input(model_args.model_name_or_path, "tokenizer.json")
-    tokenizer = load_chat_tokenizer(base)
+    def pair_up(rows: list[dict]) -> list[list[Sequence]]:
+        pairs = []
+        for prompt, *sides in tokenize_pairs(rows, tokenizer):
+            first = len(prompt) if view.stage == "dpo" else ANY_LENGTH  # a reward model: a score
+            pairs.append([Sequence(ids, [i >= first for i, _ in enumerate(ids)]) for ids in sides])
+        return pairs
+
+    tokenizer, _ = load_chat(model_args, training_args)
     rows, summary = load_preferences(args.data_files)
-    view.notes += str(summary).splitlines()
     view.limit, view.beyond = training_args.max_length, "left out, with the pair"
-    pairs = []
-    for row in rows[:COUNTED]:
-        start = len(encode(tokenizer, row["prompt"], True))
-        sides = [encode(tokenizer, row["prompt"] + row[side]) for side in ("chosen", "rejected")]
-        first = start if view.stage == "dpo" else 10**9  # a reward model learns from a score
-        pairs.append([Sequence(ids, [i >= first for i, _ in enumerate(ids)]) for ids in sides])
+    rows = fit_pairs(take_first(view, rows, summary), tokenizer, ANY_LENGTH, summary)
+    pairs = pair_up(rows)
     count_rows(view, tokenizer, [max(pair, key=lambda one: len(one.ids)) for pair in pairs])
     view.duplicates = len(pairs) - len({tuple(tuple(one.ids) for one in pair) for pair in pairs})
-    for row, pair in islice(zip(rows, pairs, strict=False), shown):
+    rows = fit_pairs(rows, tokenizer, view.limit, summary)[:shown]
+    view.notes += str(summary).splitlines()
+    for row, pair in zip(rows, pair_up(rows), strict=True):
         differs = find_differences(*(one.ids for one in pair))
         sides = []
         for title, one, other in zip(("chosen", "rejected"), pair, differs, strict=True):
@@ -224,28 +179,50 @@ def look_at_pairs(view: View, shown: int, args: Any, training_args: Any, model_a
 
 def look_at_prompts(view: View, shown: int, args: Any, training_args: Any, model_args: Any) -> None:
     """Prompts as the model is asked them; what it will answer is what it will be trained on."""
-    from transformers import AutoConfig
-
-    from rlhf.data import load_prompts
+    from rlhf.data import fit_prompts, load_prompts
+    from rlhf.train_grpo import choose_tasks
     from sft.tasks import load_tasks
-    from sft.train import load_chat_tokenizer
 
-    base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
-    tokenizer = load_chat_tokenizer(base)
-    verifies = "verifier" in getattr(args, "reward_funcs", [])
+    def encode(rows: list[dict]) -> list[Sequence]:
+        options = {"add_generation_prompt": True}
+        prompts = [tokenizer.apply_chat_template(row["prompt"], **options) for row in rows]
+        return [Sequence(one["input_ids"], [False] * len(one["input_ids"])) for one in prompts]
+
+    tokenizer, context = load_chat(model_args, training_args)
+    verifies = "verifier" in args.reward_funcs
     rows, summary = (load_tasks if verifies else load_prompts)(args.data_files)
-    view.notes += [*str(summary).splitlines(), "prompts only: the model is trained on its answers"]
-    context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
+    if verifies and view.stage == "grpo":
+        rows = choose_tasks(rows, args.kinds, args.max_level, summary)
+    rows = fit_prompts(take_first(view, rows, summary), tokenizer, ANY_LENGTH, summary)
+    count_rows(view, tokenizer, encode(rows))
     if context:
         view.limit = context - training_args.max_completion_length
         view.beyond = f"left out: the answer needs {training_args.max_completion_length} tokens"
-    encoded = [encode(tokenizer, row["prompt"], True) for row in rows[:COUNTED]]
-    prompts = [Sequence(ids, [False] * len(ids)) for ids in encoded]
-    titles = []
-    if verifies:
-        told = "right answer {answer!r}, {verifier}, {kind} level {level}"
-        titles = [told.format(**row) for row in rows]
-    add_single(view, shown, tokenizer, prompts, titles)
+        rows = fit_prompts(rows, tokenizer, view.limit, summary)
+    view.notes += [*str(summary).splitlines(), "prompts only: the model is trained on its answers"]
+    told = "right answer {answer!r}, {verifier}, {kind} level {level}" if verifies else ""
+    titles = [told.format(**row) for row in rows[:shown]]
+    show_single(view, shown, tokenizer, encode(rows[:shown]), titles)
+
+
+def load_chat(model_args: Any, training_args: Any) -> tuple[Any, int | None]:
+    """The tokenizer of a chat stage, and its model's context, None where that has no end."""
+    from transformers import AutoConfig
+
+    from sft.train import load_chat_tokenizer
+
+    base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
+    context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
+    template = getattr(training_args, "chat_template_path", None)
+    return load_chat_tokenizer(base, template), context
+
+
+def take_first(view: View, rows: list[dict], summary: Any) -> list[dict]:
+    """The first `COUNTED` rows, and a summary as if the others had not been read."""
+    if len(rows) > COUNTED:
+        view.notes.append(f"the first {COUNTED:,} of {len(rows):,} rows")
+        summary.rows_read -= len(rows) - COUNTED
+    return rows[:COUNTED]
 
 
 def load_tokenizer(directory: str, *files: str) -> Any:
@@ -255,16 +232,10 @@ def load_tokenizer(directory: str, *files: str) -> Any:
     return AutoTokenizer.from_pretrained(stages.require_input(directory, *files))
 
 
-def encode(tokenizer: Any, messages: list[dict], prompt: bool = False) -> list[int]:
-    """Ids of a conversation; of a prompt, with the words that ask for an answer."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
-
-
-def add_single(view: View, shown: int, tokenizer: Any, sequences, titles=()) -> None:
+def add_single(view: View, shown: int, tokenizer: Any, sequences: list[Sequence]) -> None:
     """Count sequences, and show the first ones."""
-    sequences = list(sequences)
     count_rows(view, tokenizer, sequences)
-    show_single(view, shown, tokenizer, sequences, titles)
+    show_single(view, shown, tokenizer, sequences)
 
 
 def show_single(view: View, shown: int, tokenizer: Any, sequences, titles=()) -> None:
@@ -315,75 +286,6 @@ def make_boxes(tokenizer: Any, one: Sequence, differs: set[int] = frozenset()) -
         text = entry if token in special else readable(entry)
         boxes.append(Box(text, token, tuple(name for name, on in flags.items() if on)))
     return boxes
-
-
-def histogram(view: View) -> list[tuple[int, int, int]]:
-    """(from, to, rows) of equal steps from 1 to the longest row, or to the limit."""
-    longest = max([*view.lengths, view.limit or 1], default=1)
-    step = -(-longest // BARS)
-    counts = Counter(max(length - 1, 0) // step for length in view.lengths)
-    return [(i * step + 1, (i + 1) * step, counts[i]) for i in range(-(-longest // step))]
-
-
-def summarize(view: View) -> list[tuple[str, str]]:
-    """The numbers of the page, as text."""
-    rows = len(view.lengths)
-    counted = f"{rows:,}" + (" (the first ones)" if rows == COUNTED else "")
-    numbers = [("rows", counted), ("tokens", f"{view.tokens:,}")]
-    if view.trained_tokens:
-        share = view.trained_tokens / max(view.tokens, 1)
-        numbers.append(("trained", f"{share:.1%} of the tokens"))
-    ordered = sorted(view.lengths) or [0]
-    numbers.append(("length", f"median {ordered[rows // 2]:,}, longest {ordered[-1]:,}"))
-    if view.limit:
-        over = f"{view.too_long:,} ({view.too_long / max(rows, 1):.1%}) {view.beyond}"
-        numbers.append((f"over {view.limit:,} tokens", over))
-    languages = ", ".join(f"{name} {count:,}" for name, count in view.languages.most_common())
-    return [
-        *numbers,
-        ("with an end token", f"{view.with_end / max(rows, 1):.1%}"),
-        ("exact duplicates", f"{view.duplicates:,} ({view.duplicates / max(rows, 1):.1%})"),
-        ("languages", languages),
-    ]
-
-
-def format_terminal(view: View, colours: bool) -> str:
-    """Numbers, histogram and three rows, for a terminal; without colours in brackets."""
-    lines = [f"{view.stage}: {view.config}", *(f"  {note}" for note in view.notes), ""]
-    lines += [f"  {name:20} {value}" for name, value in summarize(view)]
-    bars = histogram(view)
-    most = max(count for *_, count in bars) or 1
-    lines += ["", "  tokens a row"]
-    for low, high, count in bars:
-        mark = " <- the limit" if view.limit and low <= view.limit <= high else ""
-        if count or mark:
-            lines.append(f"  {low:6}-{high:<6} {'#' * round(40 * count / most):40} {count:,}{mark}")
-    lines += ["", "  [trained] and not trained tokens, | between them" if not colours else ""]
-    for title, sides in view.rows[:3]:
-        lines += ["", f"  {title}"]
-        for side in sides:
-            lines.append(f"  {side.title:9}" + "|".join(_show(box, colours) for box in side.boxes))
-    width = shutil.get_terminal_size().columns if colours else 10_000
-    return "\n".join(line if colours else line[:width] for line in lines)
-
-
-def _show(box: Box, colours: bool) -> str:
-    text = "".join(c if c.isprintable() else {"\n": "↵", "\t": "⇥"}.get(c, "·") for c in box.text)
-    if not colours:
-        return f"[{text}]" if "trained" in box.flags else text
-    colour = "31" if "end" in box.flags else "32" if "trained" in box.flags else "90"
-    return f"\x1b[{'7;' if 'border' in box.flags else ''}{colour}m{text}\x1b[0m"
-
-
-def render_page(view: View) -> str:
-    """The view as one HTML page; the data is escaped wherever it stands."""
-    here = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.filters["ordinal"] = ord
-    bars = histogram(view)
-    return page.get_template("inspect_data.html.jinja").render(
-        view=view, numbers=summarize(view), bars=bars, most=max(n for *_, n in bars) or 1
-    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
 """What inspect_data.py shows is what the stages train on, and no data can leave its box."""
 
 import html
+import importlib
 import json
 import re
 
 import pytest
-from conftest import load_script
+from conftest import ROOT, load_script
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture(scope="module")
 def inspect_data():
-    return load_script("inspect_data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield load_script("inspect_data")
+
+
+@pytest.fixture(scope="module")
+def inspect_page(inspect_data):
+    return importlib.import_module("inspect_page")
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def said(side, flag):
     return "".join(box.text for box in side.boxes if flag in box.flags)
 
 
-def test_sft_rows_show_what_is_trained(inspect_data, write):
+def test_sft_rows_show_what_is_trained(inspect_data, inspect_page, write):
     rows = [chat("Who are you?", "I am LadderLM."), chat("你是谁？", "天梯"), chat("1", "2 " * 80)]
     view = inspect_data.look(write("sft", [*rows, rows[0]], max_length=64), 10)
     (_, (side,)) = view.rows[0]
@@ -52,7 +60,7 @@ def test_sft_rows_show_what_is_trained(inspect_data, write):
     assert [box.text for box in side.boxes if "end" in box.flags] == ["<|im_end|>"] * 2
     assert view.too_long == 1 and view.duplicates == 1 and len(view.lengths) == 4
     assert view.languages == {"en": 3, "zh": 1} and view.with_end == 4
-    numbers = dict(inspect_data.summarize(view))
+    numbers = dict(inspect_page.summarize(view))
     assert numbers["over 64 tokens"].startswith("1 (25.0%) left out")
     text = inspect_data.format_terminal(view, colours=False)
     assert "[I]|[ am]" in text or "[I am" in text or "[I]|" in text
@@ -96,6 +104,29 @@ def test_tasks_show_the_prompt_and_the_right_answer(inspect_data, write):
     assert view.limit == 64 - 16
 
 
+def test_only_what_the_stage_keeps_is_shown(inspect_data, write):
+    pair = {"prompt": "Who are you?", "chosen": "I am LadderLM.", "rejected": "I am."}
+    control = pair | {"chosen": "I<|im_end|> am."}
+    rows = [control, pair, pair | {"chosen": "I am. " * 60}, pair | {"chosen": "I am."}]
+    view = inspect_data.look(write("dpo", rows, max_length=64), 10)
+    assert len(view.rows) == 1 and said(view.rows[0][1][0], "trained").startswith("I am LadderLM.")
+    assert "rows     4 read, 1 kept" in view.notes
+    assert view.too_long == 1 and len(view.lengths) == 2
+    tasks = [{"prompt": f"{n}+1=?", "answer": str(n + 1), "level": n} for n in range(1, 5)]
+    tasks += [{"prompt": "<|im_end|>1+1=?", "answer": "2"}, {"prompt": "1+" * 60, "answer": "60"}]
+    keys = {"max_completion_length": 16, "num_generations": 2, "per_device_train_batch_size": 2}
+    view = inspect_data.look(write("grpo", tasks, max_level=2, **keys), 10)
+    assert [title.rsplit(" ", 1)[1] for title, _ in view.rows] == ["1", "2"]
+    assert "rows     6 read, 2 kept" in view.notes
+    assert any("2 x level above max_level=2" in note for note in view.notes)
+
+
+def test_sft_rows_that_are_too_long_are_counted_and_not_shown(inspect_data, write):
+    rows = [chat("1", "2 " * 80), chat("Who are you?", "I am LadderLM.")]
+    view = inspect_data.look(write("sft", rows, max_length=64), 10)
+    assert view.too_long == 1 and len(view.rows) == 1
+
+
 def test_blocks_show_documents_and_labels(inspect_data, write, prepared_dir, monkeypatch):
     path = write("pretrain", [], data_dir=str(prepared_dir))
     text = "\n".join(line for line in open(path).read().splitlines()
@@ -122,9 +153,9 @@ def test_a_yaml_that_is_no_stage_is_refused(inspect_data):
         inspect_data.look("configs/tiny/eval.yaml", 3)
 
 
-def test_a_row_as_long_as_the_limit_is_not_beyond_it(inspect_data):
-    view = inspect_data.View("sft", "sft.yaml", limit=64, lengths=[64, 63, 1, 65, 130])
-    bars = inspect_data.histogram(view)
+def test_a_row_as_long_as_the_limit_is_not_beyond_it(inspect_page):
+    view = inspect_page.View("sft", "sft.yaml", limit=64, lengths=[64, 63, 1, 65, 130])
+    bars = inspect_page.histogram(view)
     assert bars[0] == (1, 5, 1) and bars[12] == (61, 65, 3) and bars[-1] == (126, 130, 1)
     view.lengths = [64, 64]
-    assert inspect_data.histogram(view)[-1] == (63, 64, 2)
+    assert inspect_page.histogram(view)[-1] == (63, 64, 2)
