@@ -17,31 +17,18 @@ import re
 import shutil
 import sys
 from dataclasses import is_dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from doctor_data import Finding, check_data, check_labels, check_rows, judge
 
 ROOT = Path(__file__).parents[1]
-ROWS = 400  # looked at in each file
 REACHED = 0.4  # of the peak, by training steps; only for a rough time
 LEAST_FREE = 2e9  # bytes
 SIGNS = {"ok": "✓", "warn": "!", "fail": "✗", "title": ""}
 INPUTS = ("tokenizer", "data_dir", "model_name_or_path", "reward_model")
 FILES = ("data_files", "validation_files", "test_files")
 FILES += ("chat_files", "fact_files", "task_files", "text_files")  # of eval.yaml
-
-
-class Finding(NamedTuple):
-    """One line: a verdict (ok, warn, fail, title), a message's name, and what fills it in."""
-
-    verdict: str
-    message: str
-    words: dict[str, Any] = {}
-
-
-def judge(is_fine: bool, good: str, bad: str, words: dict[str, Any]) -> Finding:
-    """The message `good`, or the failure `bad`."""
-    return Finding("ok", good, words) if is_fine else Finding("fail", bad, words)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -232,70 +219,6 @@ def check_eval_config(name: str | None) -> list[Finding]:
     except (ValueError, TypeError, FileNotFoundError) as error:
         return [Finding("fail", "eval_bad", {"name": name, "error": error})]
     return [Finding("ok", "eval_ok", {"name": name})]
-
-
-def check_data(name: str) -> list[Finding]:
-    """Whether the first rows of a source can be read."""
-    from tokenizer.corpus import is_hub_name, list_files, read_rows
-    from tokenizer.mixture import parse_shares
-
-    (name,) = parse_shares([name])
-    if is_hub_name(name):
-        return [Finding("ok", "data_hub", {"name": name})]
-    try:
-        rows = sum(1 for path in list_files(name) for _ in islice(read_rows(str(path)), ROWS))
-    except (ValueError, OSError) as error:
-        return [Finding("fail", "data_bad", {"error": error})]
-    return [Finding("ok", "data_ok", {"name": name, "rows": f"{rows:,}"})]
-
-
-def check_labels(values: dict[str, Any]) -> list[Finding]:
-    """The classifier's rows and their labels, as it splits them."""
-    from sft.labels import SPLITS, load_splits
-
-    files = dict(zip(SPLITS, (values[key] for key in FILES), strict=False))
-    columns = (values["text_column"], values["label_column"])
-    shares = (values["validation_share"], values["test_share"])
-    summary = load_splits(files, columns, shares, values["balance"], values["seed"])[1]
-    labels = summary.splits["train"]
-    words = {"rows": sum(labels.values()), "labels": ", ".join(labels)}
-    return [Finding("ok", "labels_ok", words)]
-
-
-def check_rows(stage: str, path: Path, values: dict[str, Any]) -> list[Finding]:
-    """The template, the end token, and how many rows are too long, on the first rows."""
-    from transformers import AutoConfig
-
-    from rlhf.data import fit_prompts, load_preferences, load_prompts
-    from rlhf.pairs import fit_pairs
-    from sft.data import DataSummary, load_mixture
-    from sft.rendering import render
-    from sft.train import load_chat_tokenizer
-
-    base, limit = values["model_name_or_path"], values.get("max_length")
-    tokenizer = load_chat_tokenizer(base, values.get("chat_template_path"))
-    found = [Finding("ok", "template_ok", {"end": tokenizer.eos_token})]
-    summary = DataSummary()
-    if stage == "sft":
-        rows = load_mixture(values["data_files"], values["seed"])[0][:ROWS]
-        limit = limit or AutoConfig.from_pretrained(base).max_position_embeddings
-        _, summary = render(rows, tokenizer, limit)
-        words = {"rows": len(rows), "trained": f"{summary.trained_share:.0%}",
-                 "ends": f"{summary.end_share:.1%}", "config": path}  # fmt: skip
-        found.append(judge(summary.end_share > 0.99, "rows_ok", "rows_no_end", words))
-    elif stage in ("reward", "dpo"):
-        rows = load_preferences(values["data_files"])[0][:ROWS]
-        fit_pairs(rows, tokenizer, limit, summary)
-    else:
-        rows = load_prompts(values["data_files"])[0][:ROWS]
-        context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", 10**9)
-        limit = context - values["max_completion_length"]
-        fit_prompts(rows, tokenizer, limit, summary)
-    dropped = sum(len(sources) for why, sources in summary.dropped.items() if "longer" in why)
-    share = dropped / len(rows)
-    words = {"rows": len(rows), "count": dropped, "share": f"{share:.1%}", "limit": limit}
-    verdict = "fail" if share > 0.5 else "warn" if dropped else "ok"
-    return [*found, Finding(verdict, "too_long" if dropped else "fits", words)]
 
 
 def describe_batch(training_args: Any) -> Finding:

@@ -1,6 +1,7 @@
 """The doctor names what is wrong, with the line that mends it, in both languages."""
 
 import importlib.metadata
+import json
 import re
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import ROOT, load_script
 
 @pytest.fixture(scope="module")
 def doctor():
-    return load_script("doctor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        yield load_script("doctor")
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +66,9 @@ def test_a_wrong_version_is_told_with_the_line_that_mends_it(doctor, monkeypatch
 
 def test_both_languages_say_the_same_things(doctor):
     texts = yaml.safe_load((ROOT / "scripts/doctor.messages.yaml").read_text(encoding="utf-8"))
-    code = (ROOT / "scripts/doctor.py").read_text(encoding="utf-8")
-    assert set(re.findall(r'Finding\("\w+", "(\w+)"', code)) <= set(texts)
+    for path in (ROOT / "scripts").glob("doctor*.py"):
+        code = path.read_text(encoding="utf-8")
+        assert set(re.findall(r'Finding\("\w+", "(\w+)"', code)) <= set(texts)
     for name, both in texts.items():
         english, chinese = (sorted(set(re.findall(r"\{(\w+)\}", both[k]))) for k in ("en", "zh"))
         assert chinese == english or name in ("input_bad",), name
@@ -156,6 +160,43 @@ def test_a_classifier_is_looked_at(doctor, tmp_path, base_dir):
     assert {one.verdict for one in found} == {"title", "ok"}
     (one,) = [one for one in found if one.message == "labels_ok"]
     assert one.words["labels"] == "praise, question"
+
+
+PAIR = {"prompt": "Who are you?", "chosen": "I am LadderLM.", "rejected": "I am."}
+CONTROL = PAIR | {"chosen": "I<|im_end|> am."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "verdict", "words"),
+    [
+        ([PAIR, CONTROL], {}, ("fail", "rows_bad"), "50.0% of the pairs are dropped"),
+        ([PAIR] * 39 + [CONTROL], {}, ("warn", "left_out"), "control token"),
+        ([PAIR, CONTROL], {"allow_dropped_pairs": "true"}, ("warn", "left_out"), "control token"),
+        ([PAIR], {}, ("ok", "fits"), "64"),
+    ],
+)
+def test_pairs_are_dropped_by_the_stages_rule(
+    doctor, tmp_path, base_dir, rows, keys, verdict, words
+):
+    path = write_sft(tmp_path, base_dir, "\n".join(map(json.dumps, rows)), **keys)
+    found = doctor.check_stage(path.rename(tmp_path / "dpo.yaml"), is_recipe=False)
+    (one,) = [one for one in found if one.message in ("rows_bad", "left_out", "too_long", "fits")]
+    assert (one.verdict, one.message) == verdict
+    assert words in " ".join(map(str, one.words.values()))
+
+
+def test_tasks_that_the_recipe_leaves_out_are_not_lost(doctor, tmp_path, base_dir):
+    tasks = [{"prompt": f"{n}+1=?", "answer": str(n + 1), "level": n} for n in (1, 2, 3, 4)]
+    keys = {"max_level": 1, "max_completion_length": 16, "num_generations": 2,
+            "per_device_train_batch_size": 2}  # fmt: skip
+    for more, message in ([], "fits"), ([tasks[0] | {"prompt": "<|im_end|>"}], "left_out"):
+        rows = "\n".join(map(json.dumps, tasks + more))
+        path = write_sft(tmp_path, base_dir, rows, **keys)
+        text = path.read_text().replace("max_length: 64\n", "")
+        (tmp_path / "grpo.yaml").write_text(text)
+        found = doctor.check_stage(tmp_path / "grpo.yaml", is_recipe=False)
+        (one,) = [one for one in found if one.message in ("left_out", "too_long", "fits")]
+        assert one.message == message and one.words["rows"] == str(1 + len(more))
 
 
 def test_a_recipe_need_not_have_run(doctor, tmp_path, monkeypatch):
