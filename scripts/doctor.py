@@ -161,7 +161,7 @@ def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
     is_ready = all(one.message not in ("input_later", "input_bad") for one in found)
     found += check_eval_config(values.get("eval_config"))
     names = [name for key in FILES for name in values.get(key) or []]
-    found += [one for name in names for one in check_data(name)]
+    found += [one for name in names for one in check_data(name, values)]
     is_ready = is_ready and all(one.verdict != "fail" for one in found)
     if is_ready and stage == "classifier":
         found += attempt(lambda: check_labels(values))

@@ -20,19 +20,30 @@ def judge(is_fine: bool, good: str, bad: str, words: dict[str, Any]) -> Finding:
     return Finding("ok", good, words) if is_fine else Finding("fail", bad, words)
 
 
-def check_data(name: str) -> list[Finding]:
-    """Whether the first rows of a source can be read."""
-    from tokenizer.corpus import is_hub_name, list_files, read_rows
+def check_data(name: str, values: dict[str, Any]) -> list[Finding]:
+    """Whether the first rows of a source can be read, as the stage reads them.
+
+    Args:
+        values: the recipe's; `encoding` and `on_bad_row` are those of documents.
+    """
+    from tokenizer.corpus import BadRows, is_hub_name, list_files, read_documents, read_rows
     from tokenizer.mixture import parse_shares
 
     (name,) = parse_shares([name])
     if is_hub_name(name):
         return [Finding("ok", "data_hub", {"name": name})]
+    read, options = read_rows, {}
     try:
-        rows = sum(1 for path in list_files(name) for _ in islice(read_rows(str(path)), ROWS))
+        bad = BadRows(values.get("on_bad_row", "raise"))
+        if "on_bad_row" in values:
+            read, options = read_documents, {"encoding": values["encoding"], "bad_rows": bad}
+        paths = [str(path) for path in list_files(name)]
+        rows = sum(1 for path in paths for _ in islice(read(path, **options), ROWS))
     except (ValueError, OSError) as error:
         return [Finding("fail", "data_bad", {"error": error})]
-    return [Finding("ok", "data_ok", {"name": name, "rows": f"{rows:,}"})]
+    words = {"name": name, "rows": f"{rows:,}", "bad": bad.count, "first": bad.messages[:1]}
+    found = [Finding("ok", "data_ok", words)]
+    return [*found, *([Finding("warn", "data_skipped", words)] if bad.count else [])]
 
 
 def check_labels(values: dict[str, Any]) -> list[Finding]:

@@ -162,6 +162,26 @@ def test_a_classifier_is_looked_at(doctor, tmp_path, base_dir):
     assert one.words["labels"] == "praise, question"
 
 
+@pytest.mark.parametrize(
+    ("rows", "keys", "verdicts"),
+    [
+        (b'{"text": "caf\xe9"}\n', {}, {"data_bad": "fail"}),
+        (b'{"text": "caf\xe9"}\n', {"encoding": "cp1252"}, {"data_ok": "ok"}),
+        (b'{"text": 1\n{"text": "a"}\n', {}, {"data_bad": "fail"}),
+        (b'{"text": 1\n{"text": "a"}\n', {"on_bad_row": "skip"},
+         {"data_ok": "ok", "data_skipped": "warn"}),
+        (b'{"a": "b"}\n{"text": "a"}\n', {}, {"data_bad": "fail"}),  # a row, and no document
+    ],
+)  # fmt: skip
+def test_documents_are_read_as_the_recipe_says(doctor, tmp_path, rows, keys, verdicts):
+    (tmp_path / "rows.jsonl").write_bytes(rows)
+    keys = {"data_files": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out"} | keys
+    path = tmp_path / "tokenizer.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in keys.items()))
+    found = doctor.check_stage(path, is_recipe=False)
+    assert {one.message: one.verdict for one in found[2:]} == verdicts
+
+
 PAIR = {"prompt": "Who are you?", "chosen": "I am LadderLM.", "rejected": "I am."}
 CONTROL = PAIR | {"chosen": "I<|im_end|> am."}
 
