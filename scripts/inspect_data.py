@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 from inspect_page import COUNTED, Box, Side, View, format_terminal, render_page
 
 import stages
+from pretrain.cleaning import CHINESE, LANGUAGE_CHARACTERS
 from tokenizer.eval import detect_language
 from tokenizer.vocabulary import readable
 
 ANY_LENGTH = 10**9  # tokens
+FEWEST_LETTERS = 20  # that tell a language, the names of the speakers among them
 PRETRAINS = ("prepare", "pretrain")
 PAIRED = ("reward", "dpo")
 
@@ -254,7 +256,21 @@ def count_rows(view: View, tokenizer: Any, sequences: list[Sequence]) -> None:
     view.tokens, view.trained_tokens = sum(view.lengths), sum(sum(one.trained) for one in sequences)
     view.with_end = sum(not ends.isdisjoint(one.ids) for one in sequences)
     texts = tokenizer.batch_decode([one.ids for one in sequences], skip_special_tokens=True)
-    view.languages.update(map(detect_language, texts))
+    view.languages.update(map(name_language, texts))
+
+
+def name_language(text: str) -> str:
+    """The code of a text's language (py3langid); a few letters tell no more than a script.
+
+    A sum such as "17+25=?" has no language, and "who?" could be one of several: those are
+    "unclear", but for Chinese characters.
+    """
+    import py3langid
+
+    if sum(map(str.isalpha, text)) < FEWEST_LETTERS:
+        return "zh" if detect_language(text) == "zh" else "unclear"
+    code = py3langid.classify(text[:LANGUAGE_CHARACTERS])[0]
+    return "zh" if code in CHINESE else code
 
 
 def find_ends(tokenizer: Any) -> set[int]:

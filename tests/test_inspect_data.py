@@ -59,7 +59,7 @@ def test_sft_rows_show_what_is_trained(inspect_data, inspect_page, write):
     assert said(side, "trained") == "I am LadderLM.<|im_end|>"
     assert [box.text for box in side.boxes if "end" in box.flags] == ["<|im_end|>"] * 2
     assert view.too_long == 1 and view.duplicates == 1 and len(view.lengths) == 4
-    assert view.languages == {"en": 3, "zh": 1} and view.with_end == 4
+    assert view.languages == {"en": 2, "zh": 1, "unclear": 1} and view.with_end == 4
     numbers = dict(inspect_page.summarize(view))
     assert numbers["over 64 tokens"].startswith("1 (25.0%) left out")
     text = inspect_data.format_terminal(view, colours=False)
@@ -102,6 +102,22 @@ def test_tasks_show_the_prompt_and_the_right_answer(inspect_data, write):
     assert "right answer '42', number" in title
     assert "".join(box.text for box in side.boxes).endswith("<|im_start|>assistant\n")
     assert view.limit == 64 - 16
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("Wer bist du? Ich bin ein kleines Modell.", "de"),
+        ("Кто ты? Я маленькая модель у реки.", "ru"),
+        ("The river runs past the old mill.", "en"),
+        ("老磨坊嘅水車壞咗，冇人識整，大家都好擔心呀。", "zh"),  # py3langid: yue
+        ("你是谁？", "zh"),
+        ("17+25=?", "unclear"),
+        ("", "unclear"),
+    ],
+)
+def test_languages_are_named_and_none_is_guessed(inspect_data, text, language):
+    assert inspect_data.name_language(text) == language
 
 
 def test_only_what_the_stage_keeps_is_shown(inspect_data, write):
