@@ -62,16 +62,18 @@ def look(config: str, shown: int) -> View:
         FileNotFoundError: the stage before has not run; the message has its command.
     """
     path = Path(config)
-    stage = next((name for name in stages.STAGES if f"{path.stem}_".startswith(f"{name}_")), None)
+    known = stages.STAGES | {"classifier": stages.BRANCHES["classifier"]}
+    stage = next((name for name in known if f"{path.stem}_".startswith(f"{name}_")), None)
     if stage is None:
-        raise ValueError(f"{config}: name it after its stage, one of {', '.join(stages.STAGES)}")
-    module = importlib.import_module(stages.STAGES[stage].module)
+        raise ValueError(f"{config}: name it after its stage, one of {', '.join(known)}")
+    module = importlib.import_module(known[stage].module)
     from pretrain.hardware import training_defaults
 
     classes = [kind for name, kind in module.main.__annotations__.items() if name != "return"]
-    defaults = training_defaults() if stages.STAGES[stage].trains else None
+    defaults = training_defaults() if known[stage].trains else None
     parsed = stages.parse_args(classes, ["--config", config], defaults)
-    reader = {"tokenizer": look_at_text, "sft": look_at_chats, "ppo": look_at_prompts,
+    reader = {"tokenizer": look_at_text, "sft": look_at_chats,
+              "classifier": look_at_labels, "ppo": look_at_prompts,
               "grpo": look_at_prompts} | dict.fromkeys(PRETRAINS, look_at_blocks) \
         | dict.fromkeys(PAIRED, look_at_pairs)  # fmt: skip
     view = View(stage, path.as_posix(), None)
@@ -81,12 +83,15 @@ def look(config: str, shown: int) -> View:
 
 def look_at_text(view: View, shown: int, args: Any) -> None:
     """Documents, as the trained tokenizer cuts them."""
-    from tokenizer.corpus import read_documents
+    from tokenizer.corpus import BadRows, read_documents
     from tokenizer.mixture import parse_shares
 
     tokenizer = load_tokenizer(args.output_dir, "tokenizer.json")
-    documents = islice(read_documents([*parse_shares(args.data_files)]), COUNTED)
+    bad = BadRows(args.on_bad_row)
+    files, options = [*parse_shares(args.data_files)], {"encoding": args.encoding, "bad_rows": bad}
+    documents = islice(read_documents(files, **options), COUNTED)
     rows = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
+    view.notes += str(bad).splitlines() if bad.count else []
     view.notes.append("documents of the training text; no loss here, so nothing is coloured")
     add_single(view, shown, tokenizer, [Sequence(ids, [False] * len(ids)) for ids in rows])
 
@@ -128,6 +133,29 @@ def look_at_chats(view: View, shown: int, args: Any, training_args: Any, model_a
         chats = pack(chats, view.limit, training_args.packing_strategy)
         view.notes.append(f"packed ({training_args.packing_strategy}): {len(chats):,} sequences")
     show_single(view, shown, tokenizer, chats)
+
+
+def look_at_labels(view: View, shown: int, args: Any, training_args: Any, model_args: Any) -> None:
+    """Texts and their labels: the classifier's head reads the last token."""
+    from sft.labels import load_splits
+
+    tokenizer = load_tokenizer(model_args.model_name_or_path, "config.json", "tokenizer.json")
+    files = {"train": args.data_files, "validation": args.validation_files}
+    columns = (args.text_column, args.label_column)
+    shares = (args.validation_share, args.test_share)
+    splits, summary = load_splits(
+        files | {"test": args.test_files}, columns, shares, args.balance, training_args.seed
+    )
+    rows = splits["train"][:COUNTED]
+    ids = [tokenizer(row.text, verbose=False)["input_ids"] for row in rows]
+    view.notes += str(summary).splitlines()
+    view.limit = args.max_length or find_context(model_args.model_name_or_path)
+    view.beyond = "cut at the end"
+    count_rows(view, tokenizer, [Sequence(one, [False] * len(one)) for one in ids])
+    cut = [Sequence(one[: view.limit], [False] * len(one[: view.limit])) for one in ids[:shown]]
+    show_single(view, shown, tokenizer, cut, [f"label {row.label}" for row in rows])
+    for _, (side,) in view.rows:
+        mark_score(side.boxes)
 
 
 def pack(chats: list[Sequence], length: int, strategy: str) -> list[Sequence]:
@@ -173,7 +201,7 @@ def look_at_pairs(view: View, shown: int, args: Any, training_args: Any, model_a
         for title, one, other in zip(("chosen", "rejected"), pair, differs, strict=True):
             boxes = make_boxes(tokenizer, one, other)
             if view.stage == "reward":
-                boxes[-1] = boxes[-1]._replace(flags=(*boxes[-1].flags, "score"))
+                mark_score(boxes)
             sides.append(Side(title, boxes))
         flaw = f", the rejected one is {row['flaw']}" if row.get("flaw") else ""
         view.rows.append((f"{len(pair[0].ids)} and {len(pair[1].ids)} tokens{flaw}", sides))
@@ -209,14 +237,18 @@ def look_at_prompts(view: View, shown: int, args: Any, training_args: Any, model
 
 def load_chat(model_args: Any, training_args: Any) -> tuple[Any, int | None]:
     """The tokenizer of a chat stage, and its model's context, None where that has no end."""
-    from transformers import AutoConfig
-
     from sft.train import load_chat_tokenizer
 
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
-    context = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
     template = getattr(training_args, "chat_template_path", None)
-    return load_chat_tokenizer(base, template), context
+    return load_chat_tokenizer(base, template), find_context(base)
+
+
+def find_context(model: str | Path) -> int | None:
+    """Tokens that a model reads at once, None where its config names no end."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
 
 
 def take_first(view: View, rows: list[dict], summary: Any) -> list[dict]:
@@ -284,6 +316,11 @@ def find_differences(first: list[int], second: list[int]) -> tuple[set[int], set
     blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
     same = [{b[side] + i for b in blocks for i in range(b.size)} for side in (0, 1)]
     return set(range(len(first))) - same[0], set(range(len(second))) - same[1]
+
+
+def mark_score(boxes: list[Box]) -> None:
+    """Mark the last token, which a score is read from."""
+    boxes[-1] = boxes[-1]._replace(flags=(*boxes[-1].flags, "score"))
 
 
 def make_boxes(tokenizer: Any, one: Sequence, differs: set[int] = frozenset()) -> list[Box]:

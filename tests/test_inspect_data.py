@@ -143,6 +143,29 @@ def test_sft_rows_that_are_too_long_are_counted_and_not_shown(inspect_data, writ
     assert view.too_long == 1 and len(view.rows) == 1
 
 
+def test_labels_stand_beside_their_texts(inspect_data, write):
+    words = ("river ", "mill ", "old ", "water ")
+    rows = [{"text": f"{words[i % 4] * (1 + i)}", "label": "ab"[i % 2]} for i in range(60)]
+    view = inspect_data.look(write("classifier", rows, max_length=16), 60)
+    labels = {"".join(box.text for box in side.boxes)[:5]: title for title, (side,) in view.rows}
+    assert labels["river"].endswith("label a") and labels["water"].endswith("label b")
+    for _, (side,) in view.rows:
+        assert len(side.boxes) <= 16 and side.boxes[-1].flags == ("score",)
+    assert view.too_long > 0 and view.beyond == "cut at the end"
+
+
+def test_text_is_read_as_the_recipe_says(inspect_data, tmp_path, base_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_bytes(b'{"text": \n{"text": "caf\xe9"}\n')
+    keys = f"data_files: text.jsonl\noutput_dir: {base_dir}\nencoding: cp1252\n"
+    (tmp_path / "tokenizer.yaml").write_text(keys + "on_bad_row: skip\n")
+    view = inspect_data.look("tokenizer.yaml", 3)
+    assert len(view.rows) == 1 and any("text.jsonl:1" in note for note in view.notes)
+    (tmp_path / "tokenizer.yaml").write_text(keys)
+    with pytest.raises(ValueError, match="text.jsonl:1.*malformed"):
+        inspect_data.look("tokenizer.yaml", 3)
+
+
 def test_blocks_show_documents_and_labels(inspect_data, write, prepared_dir, monkeypatch):
     path = write("pretrain", [], data_dir=str(prepared_dir))
     text = "\n".join(line for line in open(path).read().splitlines()
