@@ -35,8 +35,12 @@ def main(args: argparse.Namespace) -> int:
     """Look at everything, print it, return the exit code."""
     found = check_versions()
     if all(one.verdict != "fail" for one in found):
+        try:
+            paths = list_configs(args.config)
+        except FileNotFoundError as error:
+            sys.exit(f"doctor: {error}")
         found += check_machine()
-        for path in list_configs(args.config):
+        for path in paths:
             found += check_stage(path, is_recipe=Path(args.config).is_dir())
     say(found, args.lang)
     return int(any(one.verdict == "fail" for one in found))
@@ -67,8 +71,9 @@ def list_configs(config: str | None) -> list[Path]:
     order, paths = [*list_stages(), None], sorted(path.glob("*.yaml"))
     paths.sort(key=lambda one: order.index(find_stage(one)))
     if not any(map(find_stage, paths)):
-        known = ", ".join(sorted(p.parent.as_posix() for p in Path("configs").glob("*/sft.yaml")))
-        raise FileNotFoundError(f"{config} is no stage's YAML and no recipe; recipes: {known}")
+        known = sorted(path.parent for path in ROOT.glob("configs/*/sft.yaml"))
+        names = ", ".join(os.path.relpath(path) for path in known)
+        raise FileNotFoundError(f"{config} is no stage's YAML and no recipe; recipes: {names}")
     return paths
 
 

@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -138,6 +140,14 @@ def test_every_yaml_of_a_recipe_is_looked_at(doctor, tmp_path):
     for found in bad:
         assert found[1].message == "config_bad" and "'nonsens'" in str(found[1].words["error"])
     assert ("fail", "config_nameless") in verdicts(nameless)
+
+
+def test_no_recipe_is_one_line_and_no_traceback(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/doctor.py"), "nosuch"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("doctor: nosuch is no stage's YAML")
+    assert "configs/tiny" in line, "also outside of the repository"
 
 
 def test_the_guards_yaml_is_read_before_training(doctor, tmp_path, base_dir):
