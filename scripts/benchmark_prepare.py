@@ -22,6 +22,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import stages
+
 VARIANTS = {
     "bare": "Rust tokenizer, encode_batch",
     "ours": "pretrain.prepare, the whole command",
@@ -49,7 +51,12 @@ def add_commands(commands) -> None:
 
 
 def run_all(args: argparse.Namespace) -> dict:
-    """Make the text if need be, measure, and print the table."""
+    """Make the text if need be, measure, and print the table.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer; the message has the command.
+    """
+    stages.require_input(args.tokenizer, "tokenizer.json")
     with tempfile.TemporaryDirectory() as folder:
         text = args.text or Path(folder, "text.jsonl")
         if not text.is_file():

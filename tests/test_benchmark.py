@@ -89,6 +89,12 @@ def test_preparing_is_compared_on_the_same_text(tmp_path, tokenizer):
     assert result["ours"]["memory_gb"] > 0.1
 
 
+def test_preparing_without_a_tokenizer_names_the_command():
+    run_all = runpy.run_path(str(ROOT / "scripts/benchmark_prepare.py"))["run_all"]
+    with pytest.raises(FileNotFoundError, match="output/no/tokenizer does not.*tokenizer.train"):
+        run_all(argparse.Namespace(tokenizer="output/no/tokenizer", text=None))
+
+
 def test_the_corpus_that_is_made(tmp_path):
     made = runpy.run_path(str(ROOT / "scripts/benchmark_prepare.py"))["write_corpus"]
     generated = tmp_path / "generated.jsonl"
