@@ -163,7 +163,7 @@ def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
     found.append(Finding("ok", "config_ok"))
     values = {key: value for one in reversed(parsed) for key, value in vars(one).items()}
     found += [one for key in INPUTS for one in check_input(values.get(key), path, is_recipe)]
-    is_ready = all(one.message not in ("input_later", "input_bad") for one in found)
+    is_ready = has_inputs = all(one.message not in ("input_later", "input_bad") for one in found)
     found += check_eval_config(values.get("eval_config"))
     names = [name for key in FILES for name in values.get(key) or []]
     found += [one for name in names for one in check_data(name, values)]
@@ -176,6 +176,9 @@ def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
         found.append(describe_batch(parsed[1]))
     if stage == "pretrain":
         found += attempt(lambda: check_costs(*parsed))
+    elif known[stage].trains and has_inputs:
+        out = parsed[1].output_dir
+        found += attempt(lambda: [check_disk(count_bytes(stage, *parsed[1:]), out)])
     return found
 
 
@@ -253,10 +256,38 @@ def check_costs(recipe: Any, training_args: Any) -> list[Finding]:
     found.append(Finding("ok", "time", words))
     size = 4 * plan.parameters.total
     size += plan.checkpoints * (size + plan.optimizer_states)
-    there = [one for one in Path(training_args.output_dir).absolute().parents if one.is_dir()]
+    return [*found, check_disk(size, training_args.output_dir)]
+
+
+def count_bytes(stage: str, training_args: Any, model_args: Any) -> int:
+    """What a stage that starts from a model writes at most: all in fp32, AdamW's two states.
+
+    The output is the whole model, with LoRA the adapter too. A checkpoint is what is trained and
+    the optimizer's states of it. PPO has a critic in both, about as large as the policy.
+    """
+    from peft import get_peft_model
+    from transformers import AutoConfig, AutoTokenizer
+
+    from pretrain.costs import build_on_meta
+    from sft.model import make_lora_config
+
+    base = model_args.model_name_or_path
+    model = build_on_meta(AutoConfig.from_pretrained(base))
+    whole = model.num_parameters()
+    lora = make_lora_config(model_args, AutoTokenizer.from_pretrained(base), model)
+    adapter = get_peft_model(model, lora).num_parameters(only_trainable=True) if lora else 0
+    critic = whole if stage == "ppo" else 0
+    kept = (training_args.save_total_limit or 1) + 1  # one more while the newest is written
+    checkpoints = kept if training_args.save_strategy != "no" else 0
+    return 4 * (whole + adapter + critic) + 12 * ((adapter or whole) + critic) * checkpoints
+
+
+def check_disk(size: int, output_dir: str) -> Finding:
+    """Whether so many bytes are free where an output goes."""
+    there = [one for one in Path(output_dir).absolute().parents if one.is_dir()]
     free = shutil.disk_usage(there[0]).free
     words = {"needed": f"{size / 1e9:.2f}", "free": f"{free / 1e9:.1f}"}
-    return [*found, judge(size <= free, "disk_ok", "disk_bad", words)]
+    return judge(size <= free, "disk_ok", "disk_bad", words)
 
 
 def say(found: list[Finding], language: str) -> None:

@@ -105,6 +105,7 @@ LONG = '{"prompt": "Who?", "completion": "' + "I am. " * 60 + '"}\n'
 def test_a_healthy_stage(doctor, tmp_path, base_dir):
     found = doctor.check_stage(write_sft(tmp_path, base_dir, GOOD * 4), is_recipe=False)
     expected = ("config_ok", "input_ok", "data_ok", "template_ok", "rows_ok", "fits", "batch")
+    expected += ("disk_ok",)
     assert [one.message for one in found[1:]] == list(expected)
     assert {one.verdict for one in found[1:]} == {"ok"}
 
@@ -227,6 +228,42 @@ def test_tasks_that_the_recipe_leaves_out_are_not_lost(doctor, tmp_path, base_di
         found = doctor.check_stage(tmp_path / "grpo.yaml", is_recipe=False)
         (one,) = [one for one in found if one.message in ("left_out", "too_long", "fits")]
         assert one.message == message and one.words["rows"] == str(1 + len(more))
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "trained"),
+    [("sft", {}, 1), ("sft", {"save_strategy": "'no'"}, 1), ("ppo", {}, 2), ("dpo", {}, 1),
+     ("sft", {"use_peft": "true", "lora_r": 4}, None)],
+)  # fmt: skip
+def test_disk_is_that_of_the_output_and_its_checkpoints(
+    doctor, tmp_path, base_dir, tiny_config, stage, keys, trained
+):
+    from peft import get_peft_model
+    from transformers import AutoTokenizer
+
+    from pretrain.modeling_gpt import GPT2LMHeadModel
+    from sft.model import make_lora_config
+
+    keys = {"model_name_or_path": base_dir, "output_dir": tmp_path, "use_cpu": "true"} | keys
+    (tmp_path / f"{stage}.yaml").write_text("".join(f"{k}: {v}\n" for k, v in keys.items()))
+    _, training_args, model_args = doctor.parse(stage, tmp_path / f"{stage}.yaml")
+    model = GPT2LMHeadModel(tiny_config)
+    weights = sum(p.numel() for p in model.parameters())
+    if trained is None:  # the adapter alone, beside the merged model
+        lora = make_lora_config(model_args, AutoTokenizer.from_pretrained(base_dir), model)
+        tuned = get_peft_model(model, lora)
+        adapter = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        assert 0 < adapter < weights / 2
+        expected = 4 * (weights + adapter) + 2 * 12 * adapter
+    else:
+        checkpoints = 0 if "save_strategy" in keys else 2
+        expected = trained * weights * (4 + 12 * checkpoints)
+    assert doctor.count_bytes(stage, training_args, model_args) == expected
+
+
+def test_a_full_disk_is_told(doctor, tmp_path):
+    assert doctor.check_disk(10**18, str(tmp_path / "a/b/out")).message == "disk_bad"
+    assert doctor.check_disk(1000, str(tmp_path / "a/b/out")).message == "disk_ok"
 
 
 def test_a_recipe_need_not_have_run(doctor, tmp_path, monkeypatch):
