@@ -163,7 +163,7 @@ def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
     found.append(Finding("ok", "config_ok"))
     values = {key: value for one in reversed(parsed) for key, value in vars(one).items()}
     found += [one for key in INPUTS for one in check_input(values.get(key), path, is_recipe)]
-    is_ready = has_inputs = all(one.message not in ("input_later", "input_bad") for one in found)
+    is_ready = all(one.message not in ("input_later", "input_bad") for one in found)
     found += check_eval_config(values.get("eval_config"))
     names = [name for key in FILES for name in values.get(key) or []]
     found += [one for name in names for one in check_data(name, values)]
@@ -176,7 +176,7 @@ def check_stage(path: Path, is_recipe: bool) -> list[Finding]:
         found.append(describe_batch(parsed[1]))
     if stage == "pretrain":
         found += attempt(lambda: check_costs(*parsed))
-    elif known[stage].trains and has_inputs:
+    elif known[stage].trains and os.path.isdir(values["model_name_or_path"] or ""):
         out = parsed[1].output_dir
         found += attempt(lambda: [check_disk(count_bytes(stage, *parsed[1:]), out)])
     return found
