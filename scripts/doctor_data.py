@@ -24,7 +24,7 @@ def check_data(name: str, values: dict[str, Any]) -> list[Finding]:
     """Whether the first rows of a source can be read, as the stage reads them.
 
     Args:
-        values: the recipe's; `encoding` and `on_bad_row` are those of documents.
+        values: the recipe's; `text_field`, `encoding` and `on_bad_row` are those of documents.
     """
     from tokenizer.corpus import BadRows, is_hub_name, list_files, read_documents, read_rows
     from tokenizer.mixture import parse_shares
@@ -36,7 +36,8 @@ def check_data(name: str, values: dict[str, Any]) -> list[Finding]:
     try:
         bad = BadRows(values.get("on_bad_row", "raise"))
         if "on_bad_row" in values:
-            read, options = read_documents, {"encoding": values["encoding"], "bad_rows": bad}
+            read = read_documents
+            options = {key: values[key] for key in ("text_field", "encoding")} | {"bad_rows": bad}
         paths = [str(path) for path in list_files(name)]
         rows = sum(1 for path in paths for _ in islice(read(path, **options), ROWS))
     except (ValueError, OSError) as error:
