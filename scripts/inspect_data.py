@@ -88,8 +88,9 @@ def look_at_text(view: View, shown: int, args: Any) -> None:
 
     tokenizer = load_tokenizer(args.output_dir, "tokenizer.json")
     bad = BadRows(args.on_bad_row)
-    files, options = [*parse_shares(args.data_files)], {"encoding": args.encoding, "bad_rows": bad}
-    documents = islice(read_documents(files, **options), COUNTED)
+    files = [*parse_shares(args.data_files)]
+    read = read_documents(files, args.text_field, encoding=args.encoding, bad_rows=bad)
+    documents = islice(read, COUNTED)
     rows = [tokenizer(text, verbose=False)["input_ids"] for text in documents]
     view.notes += str(bad).splitlines() if bad.count else []
     view.notes.append("documents of the training text; no loss here, so nothing is coloured")
