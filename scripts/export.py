@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.to == "merged":
         merge(directory, output_dir)
-        return
+        directory = output_dir  # the card is of what was made
     if args.to == "gguf":
         export_gguf(directory, output_dir, args.type)
     files = sorted(path.name for path in output_dir.glob("*.gguf"))

@@ -86,12 +86,14 @@ def trace(directory: Path) -> list[dict[str, Any]]:
     """
     steps: dict[str, dict] = {}
     _trace(directory, steps)
-    order = list(stages.STAGES)
+    order = [*stages.STAGES, *stages.BRANCHES]
     return sorted(steps.values(), key=lambda run: order.index(run["stage"]))
 
 
 def _trace(directory: Path, steps: dict[str, dict]) -> None:
     run = stages.read_json(directory / "run.json")
+    if run is None and (directory / "adapter_config.json").is_file():  # a part of its stage
+        run = stages.read_json(directory.parent / "run.json")
     if run is None or run["stage"] in steps:
         return
     outputs = run.get("outputs", {})
@@ -101,6 +103,8 @@ def _trace(directory: Path, steps: dict[str, dict]) -> None:
         source = Path(path)
         if not source.is_dir():  # moved with its recipe
             source = directory.parent / source.name
+        if source == directory:
+            continue  # an adapter that is gone had the name of its merged model
         if source.is_dir() and provenance.hash_outputs(source) != hashes:
             steps[run["stage"]]["changed"].append(source.name)
         _trace(source, steps)

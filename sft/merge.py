@@ -18,6 +18,11 @@ def main(adapter: str, base: str | None, tokenizer_dir: str | None, output_dir: 
     """Write the merged model and its tokenizer, and print what the merge changed."""
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     run = stages.start_run("merge", output_dir, [], [base, adapter])
+    words = [adapter, "--base", base, "--output_dir", output_dir]
+    words += ["--tokenizer", tokenizer_dir] if tokenizer_dir else []
+    # Another program (scripts/export.py) may have started it: its words are not this module's.
+    run.record["command"] = " ".join(["python -m sft.merge", *words])
+    run.record["fingerprint"]["arguments"] = words
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir or adapter)
     model, parity = merge_adapter(base, adapter, tokenizer)
     set_stop_tokens(model, tokenizer)

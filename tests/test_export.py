@@ -224,6 +224,23 @@ def test_lineage_says_when_an_input_was_made_anew(scripts, model_dir):
     assert "Since sft ran, its input was made anew: pretrain." in card
 
 
+def test_branches_have_their_place_in_the_lineage(scripts, model_dir):
+    """Merged from an adapter, which is a part of its stage."""
+    adapter, merged = model_dir / "adapter", model_dir / "export" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for stage in ("merge", "classifier"):
+        merged.mkdir(parents=True, exist_ok=True)
+        inputs = {str(adapter): stages.hash_outputs(adapter)}
+        give_records(merged, stage=stage, fingerprint={"inputs": inputs, "data": {}})
+        steps = scripts("model_card").trace(merged)
+        assert [step["stage"] for step in steps] == ["sft", stage]
+        assert not any(step["changed"] for step in steps)
+    inputs = {"output/elsewhere/adapter": {"adapter_model.safetensors": "0" * 64}}
+    give_records(merged, stage="merge", fingerprint={"inputs": inputs, "data": {}})
+    assert [step["changed"] for step in scripts("model_card").trace(merged)] == [[]]
+
+
 class FakeHub(http.server.BaseHTTPRequestHandler):
     """The requests of a push, as huggingface.co answers them; every file is small."""
 
@@ -305,6 +322,13 @@ def test_an_adapter_alone_becomes_a_plain_directory(scripts, gpt2_dir, tokenizer
     ids = tokenizer(SENTENCES[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, atol=1e-3, rtol=0)
+    place = tmp_path / "export" / "adapter"
+    command = f"python -m sft.merge {tmp_path}/adapter --base {gpt2_dir} --output_dir {place}"
+    assert stages.read_json(place / "run.json")["command"] == command
+    assert f"| merge | `{command}` |" in (place / "README.md").read_text()
+    for to in ("card", "gguf"):
+        export.main(arguments(place, to, output_dir=str(tmp_path / "again")))
+    assert f"`{command}`" in (tmp_path / "again" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
