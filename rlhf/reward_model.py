@@ -95,10 +95,21 @@ def merge_reward_adapter(
 
 
 def load_reward_model(directory: str | os.PathLike) -> tuple[PreTrainedModel, Any]:
-    """A reward model and its tokenizer, ready to score batches that are padded on either side."""
+    """A reward model and its tokenizer, ready to score batches that are padded on either side.
+
+    Raises:
+        ValueError: the directory holds another model, whose head would be made up at random.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     check_pad_token(tokenizer)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{directory} is no reward model: its weights lack {', '.join(sorted(info['missing_keys']))}, "
+            "which would be random. Name a directory that python -m rlhf.train_reward has made"
+        )
     model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model.eval(), tokenizer
 

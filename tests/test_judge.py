@@ -209,6 +209,13 @@ def test_a_reward_model_judges_offline(base_dir, tmp_path):
     assert found["value"] == pytest.approx(sum(wins) / 4)
 
 
+def test_a_chat_model_is_no_reward_model(base_dir):
+    from rlhf.reward_model import load_reward_model
+
+    with pytest.raises(ValueError, match=r"no reward model: its weights lack score\.weight"):
+        load_reward_model(base_dir)
+
+
 @pytest.mark.slow
 def test_transformers_serve_is_a_judge(tokenizer, tiny_config, tmp_path):
     """A random model says nothing readable: what is tested is the protocol of a real server."""
