@@ -105,10 +105,10 @@ def load_reward_model(directory: str | os.PathLike) -> tuple[PreTrainedModel, An
     model, info = AutoModelForSequenceClassification.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True
     )
-    if info["missing_keys"]:
+    if missing := ", ".join(sorted(info["missing_keys"])):
         raise ValueError(
-            f"{directory} is no reward model: its weights lack {', '.join(sorted(info['missing_keys']))}, "
-            "which would be random. Name a directory that python -m rlhf.train_reward has made"
+            f"{directory} is no reward model: its weights lack {missing}, which would be "
+            "random. Name a directory that python -m rlhf.train_reward has made"
         )
     model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model.eval(), tokenizer

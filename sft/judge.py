@@ -9,7 +9,7 @@ answers is better, asked in both orders; what the judge says in one order only i
 
 Reads   DIR/answers.jsonl, as `sft.eval` writes it
 Writes  into the first directory: the numbers in eval.json, every prompt, reply and count of tokens
-        in judge.jsonl
+        in judge.jsonl, of a comparison in judge_<second>.jsonl
 
 The server is Ollama, `transformers serve`, vLLM or a company's; OPENAI_API_KEY is sent where it is
 set. Without a server: `python -m rlhf.judge`, where a reward model judges.
@@ -84,6 +84,7 @@ class Judge:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     malformed: int = 0  # verdicts that stayed unreadable
+    refused: int = 0  # verdicts that the server would not give
     log: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
@@ -102,15 +103,26 @@ class Judge:
     def ask(
         self, prompt: str, read: Callable[[str], float | None], form: str, about: dict
     ) -> float | None:
-        """The verdict on one prompt; None, counted in `malformed`, where it cannot be read.
+        """The verdict on one prompt; None where there is none.
+
+        That is counted: in `malformed` where it cannot be read, in `refused` where the server
+        answered with an error (a prompt too long, a name that it does not know).
 
         Raises:
-            ConnectionError: the server does not answer, or refuses the request.
+            ConnectionError: the server does not answer.
         """
+        from openai import APIStatusError
+
         messages = [{"role": "user", "content": prompt}]
         verdict = None
         for _ in range(self.retries + 1):
-            reply = self._request(messages, about)
+            try:
+                reply = self._request(messages, about)
+            except APIStatusError as error:
+                self.refused += 1
+                entry = {"messages": messages, "error": str(error), "verdict": None}
+                self.log.append(about | entry)
+                return None
             verdict = read(reply)
             self.log[-1]["verdict"] = verdict
             if verdict is not None:
@@ -121,17 +133,19 @@ class Judge:
         return None
 
     def _request(self, messages: list[dict], about: dict) -> str:
-        from openai import OpenAIError
+        from openai import APIStatusError, OpenAIError
 
         started_at = time.time()
         try:
             answer = self.client.chat.completions.create(
                 model=self.model, messages=messages, temperature=0, max_tokens=self.max_tokens
             )
+        except APIStatusError:
+            raise
         except OpenAIError as error:
             raise ConnectionError(
                 f"the judge {self.model} at {self.base_url} failed after {self.retries + 1} "
-                f"attempts: {error}. Is the server running, and does it know this model?"
+                f"attempts: {error}. Is the server running there?"
             ) from error
         reply = (answer.choices[0].message.content or "") if answer.choices else ""
         used = answer.usage
@@ -143,6 +157,11 @@ class Judge:
             "completion_tokens": tokens[1], "elapsed_s": round(time.time() - started_at, 3),
         })  # fmt: skip
         return reply
+
+    def describe(self) -> dict[str, Any]:
+        """What stands beside each of its numbers in eval.json."""
+        names = ("malformed", "refused", "prompt_tokens", "completion_tokens")
+        return {"judge": self.model} | {name: getattr(self, name) for name in names}
 
 
 def make_prompt(template: str, row: dict, **answers: str) -> str:
@@ -229,25 +248,38 @@ def main(args: argparse.Namespace) -> None:
     rows = read_judged(args.directories, args.max_rows)
     first, *others = args.directories
     judge = Judge(args.base_url, args.model, args.max_tokens, args.retries, args.timeout_s)
+    log = Path(first, "judge.jsonl")
+    if others:
+        name = Path(others[0]).resolve().name
+        log = log.with_name(f"judge_{name}.jsonl")
     try:
         if others:
-            name = Path(others[0]).resolve().name
-            metrics = measure_wins(compare_answers(judge, rows), name)
+            verdicts = compare_answers(judge, rows)
         else:
-            metrics = {"judge_score": mean_with_interval(
-                score_answers(judge, (row for row, in rows)), "of 100"
-            )}  # fmt: skip
-    finally:  # what was asked was paid for
+            verdicts = score_answers(judge, (row for row, in rows))
+    finally:
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in judge.log]
-        Path(first, "judge.jsonl").write_text("".join(lines), encoding="utf-8")
-    metrics = {key: value | {"judge": args.model} for key, value in metrics.items()}
-    save_metrics(first, metrics)
-    print_metrics(metrics)
+        if any("reply" in entry for entry in judge.log):  # it was paid for
+            log.write_text("".join(lines), encoding="utf-8")
+    if not verdicts:
+        error = next((entry["error"] for entry in judge.log if "error" in entry), "")
+        raise ValueError(
+            f"the judge {args.model} at {args.base_url} gave no verdict: {judge.malformed} could "
+            f"not be read, {judge.refused} were refused. {error}\n"
+            "Does the server know this model, and can the model do what it is asked?"
+        )
     print(
         f"{len(judge.log)} requests, {judge.prompt_tokens:,} prompt and "
         f"{judge.completion_tokens:,} completion tokens; {judge.malformed} of the verdicts could "
-        f"not be read and are left out. Prompts and replies: {first}/judge.jsonl"
+        f"not be read, {judge.refused} were refused; they are left out. Prompts and replies: {log}"
     )
+    if others:
+        metrics = measure_wins(verdicts, name)
+    else:
+        metrics = {"judge_score": mean_with_interval(verdicts, "of 100")}
+    metrics = {key: value | judge.describe() for key, value in metrics.items()}
+    save_metrics(first, metrics)
+    print_metrics(metrics)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def test_scores_with_retries_malformed_verdicts_and_cost(serve, tmp_path, capsys
     assert all(entry["prompt_tokens"] == 100 for entry in log)
     said = capsys.readouterr().out
     assert "7 requests, 700 prompt and 49 completion tokens; 1 of the verdicts could not" in said
+    cost = {"malformed": 1, "refused": 0, "prompt_tokens": 700, "completion_tokens": 49}
+    assert found["judge_score"] | cost == found["judge_score"]
     assert server.requests[1]["temperature"] == 0 and server.requests[1]["max_tokens"] == 50
     assert material(server.requests[1]["messages"]) == {
         "conversation": [{"role": "user", "content": "question 0"}], "reference": "right",
@@ -158,7 +160,10 @@ def test_both_orders_are_asked_and_a_favourite_place_wins_nothing(serve, tmp_pat
     server = serve(reply)
     ours = write_answers(tmp_path / "dpo", ["best", "plain", "same", "plain"])
     theirs = write_answers(tmp_path / "sft", ["old", "old", "same", "best"])
+    (tmp_path / "dpo/judge.jsonl").write_text("scores\n")
     main(arguments(server, ours, theirs))
+    assert (tmp_path / "dpo/judge.jsonl").read_text() == "scores\n"
+    assert len(read_lines(tmp_path / "dpo/judge_sft.jsonl")) == 6
     found = stages.read_json(tmp_path / "dpo/eval.json")
     assert found["judge_win_rate/sft"]["value"] == pytest.approx((1 + 0.5 + 0.5 + 0) / 4)
     assert found["judge_agreement/sft"]["value"] == 0.75
@@ -168,10 +173,39 @@ def test_both_orders_are_asked_and_a_favourite_place_wins_nothing(serve, tmp_pat
     assert measure_wins([(1.0, 0.0)], "x")["judge_win_rate/x"]["value"] == 0.5
 
 
-def test_a_server_that_fails_ends_the_run_and_keeps_the_log(serve, tmp_path):
-    server = serve(lambda messages, number: "SCORE: 5" if number == 1 else 500)
+def test_refused_requests_are_counted_and_left_out(serve, tmp_path):
+    replies = {"a": "SCORE: 5", "long": 400, "busy": 500, "b": "SCORE: 15"}
+    server = serve(lambda messages, number: replies[material(messages)["answer"]])
+    main(arguments(server, write_answers(tmp_path / "sft", list(replies))))
+    found = stages.read_json(tmp_path / "sft/eval.json")["judge_score"]
+    assert (found["value"], found["n"], found["refused"]) == (10.0, 2, 2)
+    log = read_lines(tmp_path / "sft/judge.jsonl")
+    assert [entry["verdict"] for entry in log] == [5.0, None, None, 15.0]
+    assert "400" in log[1]["error"] and len(server.requests) == 1 + 1 + 3 + 1
+
+
+def test_a_run_without_a_reply_leaves_the_older_log(serve, tmp_path):
     directory = write_answers(tmp_path / "sft", ["a", "b"])
-    with pytest.raises(ConnectionError, match="after 3 attempts.*Is the server running"):
+    (tmp_path / "sft/judge.jsonl").write_text("older\n")
+    server = serve(lambda messages, number: 404)
+    with pytest.raises(ValueError, match="no verdict: 0 could not be read, 2 were refused.*404"):
+        main(arguments(server, directory))
+    gone = type("S", (), {"base_url": "http://127.0.0.1:9/v1"})
+    with pytest.raises(ConnectionError, match="after 1 attempts.*Is the server running"):
+        main(arguments(gone, directory, retries=0))
+    assert (tmp_path / "sft/judge.jsonl").read_text() == "older\n"
+    assert not (tmp_path / "sft/eval.json").exists()
+
+
+def test_a_server_that_goes_away_ends_the_run_and_keeps_the_log(serve, tmp_path):
+    def reply(messages, number):
+        assert number == 1  # the connection is dropped
+        return "SCORE: 5"
+
+    server = serve(reply)
+    server.handle_error = lambda *args: None
+    directory = write_answers(tmp_path / "sft", ["a", "b"])
+    with pytest.raises(ConnectionError, match="after 3 attempts"):
         main(arguments(server, directory))
     assert [entry["verdict"] for entry in read_lines(tmp_path / "sft/judge.jsonl")] == [5.0]
     assert not (tmp_path / "sft/eval.json").exists() and len(server.requests) == 4
