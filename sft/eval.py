@@ -14,14 +14,15 @@ bits_per_byte, perplexity    what the model still knows of plain text
     python -m sft.eval output/tiny/sft output/tiny/dpo --text_files my.txt --output_dir output/mine
 
 The numbers are added to the directory's eval.json; every answer, beside its reference and that of
-the model before, is in its answers.jsonl, every text's bits in its texts.jsonl.
+the model before, is in its answers.jsonl, every text's bits in its texts.jsonl. Other questions
+than a stage's own need an --output_dir: by its numbers the guards and the report compare.
 """
 
 import json
 import math
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -333,10 +334,33 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def check_own_questions(directory: str, args: EvalArguments) -> None:
+    """Raise a ValueError where other questions than its stage's would replace a stage's numbers.
+
+    Samples are drawn besides and a batch is divided as one likes: these may differ.
+    """
+    record = stages.read_json(Path(directory) / "run.json") or {}
+    config = record.get("arguments", {}).get("eval_config")
+    if config is None and record.get("stage") != "pretrain":
+        return  # its stage has asked nothing
+    free = {"samples": 0, "temperature": 0.8, "batch_size": 64, "output_dir": None}
+    own = None
+    if config and Path(config).is_file():
+        (own,) = stages.parse_args([EvalArguments], ["--config", config])
+    if own is None or replace(own, **free) != replace(args, **free):
+        raise ValueError(
+            f"{directory} holds the numbers of its own stage, made with eval_config={config}; the "
+            "guards and the report compare by them. These are other questions: name another place "
+            f"with --output_dir, e.g. --output_dir {Path(directory).parent / 'eval'}"
+        )
+
+
 def main(directories: list[str], args: EvalArguments) -> None:
     """Measure directories, each beside the one before it, and keep the numbers."""
     for directory in directories:
         stages.require_input(directory, "config.json", "tokenizer.json")
+        if not args.output_dir:
+            check_own_questions(directory, args)
     before = None
     for directory in directories:
         output_dir = Path(directory)

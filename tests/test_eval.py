@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +225,28 @@ def test_answers_stand_beside_the_reference_and_the_answer_before(two_models, ca
     assert {"pass@1", "pass@2", "pass@3", "rougeL/zh", "bleu/zh", "chrf/zh"} <= set(numbers)
     assert numbers["length"]["value"] == sum(row["scores"]["length"] for row in after) / 2
     assert f"{dpo} -> {dpo}/eval.json" in capsys.readouterr().out
+
+
+def test_other_questions_do_not_replace_a_stages_numbers(two_models, tmp_path):
+    (sft, _), args = two_models
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"chat_files: {args.chat_files[0]}\ntask_files: {args.task_files[0]}\nmax_new_tokens: 6\n"
+    )
+    record = {"finished": True, "stage": "sft", "outputs": stages.hash_outputs(sft)}
+    record |= {"arguments": {"eval_config": str(config)}}
+    stages.write_json(sft / "run.json", record)
+    main([str(sft)], args)  # the same, and samples besides
+    own = (sft / "answers.jsonl").read_bytes()
+    for changes in ({"max_rows": 5}, {"max_new_tokens": 5}, {"chat_files": []}):
+        with pytest.raises(ValueError, match=r"numbers of its own stage.*--output_dir"):
+            main([str(sft)], replace(args, **changes))
+    assert (sft / "answers.jsonl").read_bytes() == own
+    main([str(sft)], replace(args, chat_files=[], output_dir=str(tmp_path / "mine")))
+    assert len(read_lines(tmp_path / "mine/sft/answers.jsonl")) == 1
+    stages.write_json(sft / "run.json", record | {"stage": "pretrain", "arguments": {}})
+    with pytest.raises(ValueError, match="eval_config=None"):
+        main([str(sft)], args)
 
 
 def test_a_base_model_without_answers_is_asked_once_a_kind(two_models, base_dir):
