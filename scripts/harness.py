@@ -85,17 +85,10 @@ def run_harness(args: argparse.Namespace, tasks: list[Any]) -> dict[str, Any]:
     except ImportError:
         sys.exit("lm-eval is not installed: pip install -r requirements-extras.txt")
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.directory)
-    model = {
-        "pretrained": args.directory, "dtype": "float32",
-        # Our models have read every text behind <bos>.
-        "add_bos_token": tokenizer.bos_token_id is not None,
-    }  # fmt: skip
     return lm_eval.simple_evaluate(
         model="hf",
-        model_args=model,
+        model_args=choose_model_args(args.directory, args.apply_chat_template),
         tasks=tasks,
         batch_size=args.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -104,6 +97,20 @@ def run_harness(args: argparse.Namespace, tasks: list[Any]) -> dict[str, Any]:
         apply_chat_template=args.apply_chat_template,
         log_samples=False,
     )
+
+
+def choose_model_args(directory: str, apply_chat_template: bool) -> dict[str, Any]:
+    """What the harness is told of the model.
+
+    Our models have read every text behind <bos>, and no conversation: the chat template has none.
+    Somebody else's are encoded as the harness does by itself, or nobody could compare the numbers.
+    """
+    from transformers import AutoTokenizer
+
+    given = {"pretrained": directory, "dtype": "float32"}
+    if Path(directory, "run.json").is_file() and not apply_chat_template:
+        given["add_bos_token"] = AutoTokenizer.from_pretrained(directory).bos_token_id is not None
+    return given
 
 
 def read_results(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

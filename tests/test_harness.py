@@ -1,12 +1,15 @@
 """lm-evaluation-harness on a directory: its numbers against log-likelihoods computed here."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import load_script
+from transformers import AutoTokenizer
 
 import stages
+from sft.rendering import encode_prompt
 
 pytest.importorskip("lm_eval", reason="pip install -r requirements-extras.txt")
 
@@ -40,7 +43,7 @@ def logp(model, tokenizer, context, text):
 def test_local_files_give_the_numbers_of_plain_likelihoods(
     harness, base_dir, tmp_path, monkeypatch
 ):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model = AutoModelForCausalLM.from_pretrained(base_dir).eval()
@@ -48,6 +51,8 @@ def test_local_files_give_the_numbers_of_plain_likelihoods(
     directory = tmp_path / "model"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    record = {"finished": True, "stage": "pretrain", "outputs": stages.hash_outputs(directory)}
+    stages.write_json(directory / "run.json", record)
     scores = [logp(model, tokenizer, CHOICES["query"] + "\nAnswer:", " " + choice)
               for choice in CHOICES["choices"]]  # fmt: skip
     a_letter = [score / len(c) for score, c in zip(scores, CHOICES["choices"], strict=True)]
@@ -64,6 +69,23 @@ def test_local_files_give_the_numbers_of_plain_likelihoods(
         metric = found[f"harness/questions/{name}"]
         assert metric["value"] == pytest.approx(golds.count(said) / 4, abs=1e-5)
         assert metric["n"] == 4 and metric["unit"] == "share" and metric["low"] < metric["high"]
+
+
+def test_bos_stands_before_plain_texts_of_our_models_only(harness, base_dir, tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    def encode(text, chat=False):
+        given = harness.choose_model_args(str(directory), chat)
+        return HFLM(**given, device="cpu").tok_encode(text)
+
+    directory = shutil.copytree(base_dir, tmp_path / "model")
+    plain = encode("The mill.")  # somebody else's
+    (directory / "run.json").write_text("{}")
+    assert encode("The mill.") == [2, *plain] and 2 not in plain
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    turn = [{"role": "user", "content": "Hi"}]
+    asked = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    assert encode(asked, chat=True) == encode_prompt(turn, tokenizer)
 
 
 def test_a_file_of_another_layout_is_refused(harness, tmp_path):
