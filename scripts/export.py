@@ -25,6 +25,7 @@ import model_card
 import torch
 
 import provenance
+import sft.eval
 import stages
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -42,8 +43,14 @@ PUBLISHED = ("*.safetensors", "*.safetensors.index.json", "config.json", "genera
 
 def main(args: argparse.Namespace) -> None:
     """Export one directory."""
-    directory = stages.require_input(args.directory)
+    directory = Path(args.directory)
     is_adapter = (directory / "adapter_config.json").is_file()
+    stages.require_input(directory, "adapter_config.json" if is_adapter else "config.json")
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is no directory but a name on the Hub, and there is nothing here to "
+            f"export. Fetch it first: hf download {directory} --local-dir {directory.name}"
+        )
     if is_adapter != (args.to == "merged"):
         raise ValueError(
             f"{directory} {'is' if is_adapter else 'is no'} LoRA adapter, and --to {args.to} takes "
@@ -51,6 +58,9 @@ def main(args: argparse.Namespace) -> None:
         )
     if args.to == "hub" and not args.repo_id:
         raise ValueError("--to hub needs --repo_id, e.g. --repo_id me/ladderlm-tiny")
+    config = stages.read_json(directory / "config.json") or {}
+    if args.to in ("gguf", "hub"):
+        sft.eval.require_generator(directory, config.get("architectures"))
     output_dir = Path(args.output_dir or directory.parent / "export" / directory.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.to == "merged":
@@ -64,7 +74,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"model card: {output_dir / 'README.md'}")
     if args.to == "hub":
         push(directory, output_dir, args.repo_id, args.private)
-    print(how_to_serve(directory, output_dir, files))
+    if not model_card.is_classifier(config):
+        print(how_to_serve(directory, output_dir, files))
 
 
 def merge(adapter: Path, output_dir: Path) -> None:

@@ -37,11 +37,12 @@ def write_card(directory: Path, name: str, gguf: Sequence[str] = ()) -> str:
     environment.filters |= {"show": report.show, "plain": report.escape_markdown}
     environment.filters["duration"] = report.show_duration
     text = environment.get_template("model_card.md.jinja").render(
-        metadata=make_metadata(name, run, evaluation, answers),
+        metadata=make_metadata(name, run, evaluation, answers, is_classifier(config)),
         name=name,
         stage=run.get("stage"),
         gguf=gguf,
         config=config,
+        is_classifier=is_classifier(config),
         is_chat=(directory / "chat_template.jinja").is_file() and run.get("stage") != "pretrain",
         steps=steps,
         data=collect_data(steps),
@@ -55,13 +56,24 @@ def write_card(directory: Path, name: str, gguf: Sequence[str] = ()) -> str:
     return text.strip() + "\n"
 
 
-def make_metadata(name: str, run: dict, evaluation: dict, answers: list[dict]) -> str:
-    """The YAML block: library, languages, tags and the measured numbers."""
+def is_classifier(config: dict) -> bool:
+    """Whether a config.json is of a model that scores texts (a reward model, a classifier)."""
+    return any("ForSequenceClass" in name for name in config.get("architectures") or [])
+
+
+def make_metadata(
+    name: str, run: dict, evaluation: dict, answers: list[dict], scores: bool = False
+) -> str:
+    """The YAML block: library, languages, tags and the measured numbers.
+
+    `scores` says that the model scores texts and writes none.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
+    task = "text-classification" if scores else "text-generation"
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type="held-out", dataset_name="held-out rows",
+            task_type=task, dataset_type="held-out", dataset_name="held-out rows",
             metric_type=key, metric_name=key, metric_value=metric["value"],
         )
         for key, metric in sorted(evaluation.items())
@@ -71,7 +83,7 @@ def make_metadata(name: str, run: dict, evaluation: dict, answers: list[dict]) -
     return ModelCardData(
         language=sorted(languages) or None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["ladderlm", *([run["stage"]] if "stage" in run else [])],
         model_name=name,
         eval_results=results or None,

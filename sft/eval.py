@@ -147,11 +147,22 @@ def add_previous(answers: list[dict], previous: str, tokenizer: Any, args: EvalA
             row["previous"] = answer
 
 
+def require_generator(directory: str | Path, architectures: list[str] | None) -> None:
+    """Raise a ValueError where a model scores texts and writes none, as its config.json says."""
+    if name := next((a for a in architectures or [] if "ForSequenceClass" in a), None):
+        raise ValueError(
+            f"{directory} is a {name}, a reward model or a classifier: it scores texts and writes "
+            "none. Name a chat model's directory, or let it judge: python -m rlhf.judge A B "
+            "--reward_model DIRECTORY"
+        )
+
+
 def load_for_generation(directory: str) -> tuple[Any, Any]:
-    """The model and the tokenizer of a directory, ready to generate from."""
+    """The model and the tokenizer of a directory, ready to generate from; no reward model's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    require_generator(directory, model.config.architectures)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model, AutoTokenizer.from_pretrained(directory)

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, SENTENCES
 
 import stages
+from sft.eval import load_for_generation
 
 gguf = pytest.importorskip("gguf", reason="pip install -r requirements-extras.txt")
 
@@ -338,6 +339,37 @@ def test_an_adapter_alone_becomes_a_plain_directory(scripts, gpt2_dir, tokenizer
 def test_a_wrong_command_is_told_what_to_do(scripts, model_dir, to, changes, message):
     with pytest.raises(ValueError, match=message):
         scripts("export").main(arguments(model_dir, to, **changes))
+
+
+def test_what_is_no_model_is_refused_before_anything_is_made(scripts, model_dir, monkeypatch):
+    export, recipe = scripts("export"), model_dir.parent
+    monkeypatch.chdir(recipe)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        export.main(arguments(recipe, "card"))
+    with pytest.raises(FileNotFoundError, match="hf download me/toy"):
+        export.main(arguments("me/toy", "card"))
+    assert not list(recipe.parent.rglob("export"))
+
+
+def test_a_reward_model_gets_a_card_of_its_own_and_no_server(
+    scripts, gpt2_dir, tokenizer, tmp_path, capsys
+):
+    from transformers import GPT2ForSequenceClassification
+
+    directory = tmp_path / "reward"
+    GPT2ForSequenceClassification.from_pretrained(gpt2_dir, num_labels=1).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    export = scripts("export")
+    for to in ("gguf", "hub"):
+        with pytest.raises(ValueError, match="a GPT2ForSequenceClassification.*rlhf.judge"):
+            export.main(arguments(directory, to, repo_id="me/toy"))
+    assert not (tmp_path / "export").exists()
+    with pytest.raises(ValueError, match="scores texts and writes none"):
+        load_for_generation(str(directory))
+    export.main(arguments(directory, "card"))
+    card = (tmp_path / "export" / "reward" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and ").logits)" in card
+    assert "CausalLM" not in card and "serve" not in card + capsys.readouterr().out
 
 
 @pytest.mark.slow
