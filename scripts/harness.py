@@ -61,15 +61,21 @@ def describe_task(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the first row has neither layout.
+        ValueError: the first row is no JSON object or has neither layout.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    known = " or ".join(", ".join(fields) for fields in LAYOUTS)
     with path.open(encoding="utf-8") as file:
-        row = json.loads(file.readline())
+        line = file.readline()
+    try:
+        row = dict(json.loads(line))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}:1: {line[:40]!r} is no JSON object; a task's file has one a line, with {known}"
+        ) from error
     layout = next((LAYOUTS[fields] for fields in LAYOUTS if set(fields) <= set(row)), None)
     if layout is None:
-        known = " or ".join(", ".join(fields) for fields in LAYOUTS)
         raise ValueError(f"{path}:1: the row has {list(row)}; a task needs {known}")
     files = {"test": str(path.resolve())}
     return layout | {
@@ -79,17 +85,27 @@ def describe_task(path: Path) -> dict[str, Any]:
 
 
 def run_harness(args: argparse.Namespace, tasks: list[Any]) -> dict[str, Any]:
-    """The results of `lm_eval.simple_evaluate`."""
+    """The results of `lm_eval.simple_evaluate`.
+
+    Raises:
+        ValueError: the harness has no task of a name.
+    """
     try:
         import lm_eval
+        from lm_eval.tasks import TaskManager
     except ImportError:
         sys.exit("lm-eval is not installed: pip install -r requirements-extras.txt")
     import torch
 
+    manager = TaskManager()
+    for name in args.tasks:
+        if not manager.match_tasks([name]):
+            raise ValueError(f"--tasks {name}: no such task; `lm-eval ls tasks` lists them")
     return lm_eval.simple_evaluate(
         model="hf",
         model_args=choose_model_args(args.directory, args.apply_chat_template),
         tasks=tasks,
+        task_manager=manager,
         batch_size=args.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         limit=args.limit,
@@ -146,4 +162,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--apply_chat_template", action="store_true", help="ask a chat model in its own format"
     )
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))

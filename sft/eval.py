@@ -352,12 +352,12 @@ def check_own_questions(directory: str, args: EvalArguments) -> None:
     """
     record = stages.read_json(Path(directory) / "run.json") or {}
     config = record.get("arguments", {}).get("eval_config")
-    if config is None and record.get("stage") != "pretrain":
-        return  # its stage has asked nothing
+    asks = [args.chat_files, args.fact_files, args.task_files, args.text_files]
+    if not any(asks) or (config is None and record.get("stage") != "pretrain"):
+        return  # nothing is asked, now or by the stage
     free = {"samples": 0, "temperature": 0.8, "batch_size": 64, "output_dir": None}
-    own = None
-    if config and Path(config).is_file():
-        (own,) = stages.parse_args([EvalArguments], ["--config", config])
+    is_there = config and Path(config).is_file()
+    own = stages.parse_args([EvalArguments], ["--config", config])[0] if is_there else None
     if own is None or replace(own, **free) != replace(args, **free):
         raise ValueError(
             f"{directory} holds the numbers of its own stage, made with eval_config={config}; the "
@@ -391,5 +391,10 @@ if __name__ == "__main__":
     named = [word.startswith("-") for word in sys.argv[1:]] + [True]
     named = sys.argv[1 : 1 + named.index(True)]
     if not named:
-        sys.exit("usage: python -m sft.eval DIRECTORY ... --config configs/tiny/eval.yaml")
-    main(named, *stages.parse_args([EvalArguments], sys.argv[1 + len(named) :]))
+        print("usage: python -m sft.eval DIRECTORY ... --config configs/tiny/eval.yaml")
+    if len(sys.argv) == 1:
+        sys.exit(2)
+    try:
+        main(named, *stages.parse_args([EvalArguments], sys.argv[1 + len(named) :]))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -291,4 +292,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_tokens", type=int, default=256, help="of a verdict")
     parser.add_argument("--retries", type=int, default=2, help="of a request, and of a verdict")
     parser.add_argument("--timeout_s", type=float, default=120.0, help="of one request")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except (ConnectionError, FileNotFoundError, ImportError, ValueError) as error:
+        sys.exit(str(error))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 from dataclasses import replace
 
 import pytest
@@ -257,6 +259,23 @@ def test_a_base_model_without_answers_is_asked_once_a_kind(two_models, base_dir)
             {"prompt": [*turn, *turn], "source": "chat", "lang": "en", "kind": "who"}]  # fmt: skip
     add_previous(rows, str(sft), tokenizer, args)
     assert "previous" in rows[0] and "previous" not in rows[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["gone"], "gone does not exist"), (["{sft}", "--bad", "1"], "unknown key"), ([], 2),
+     (["{sft}"], "nothing to measure"), (["--help"], 0)],
+)  # fmt: skip
+def test_a_wrong_command_ends_in_a_sentence(two_models, monkeypatch, capsys, words, message):
+    words = [word.format(sft=two_models[0][0]) for word in words]
+    monkeypatch.setattr("sys.argv", ["eval.py", *words])
+    monkeypatch.delitem(sys.modules, "sft.eval")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sft.eval", run_name="__main__")
+    said = ended.value.code
+    assert said == message if isinstance(message, int) else message in said
+    if words == ["--help"]:
+        assert "sft.eval DIRECTORY" in (shown := capsys.readouterr().out) and "--max_rows" in shown
 
 
 def test_an_eval_config_is_checked_before_the_training(tmp_path):

@@ -1,11 +1,12 @@
 """lm-evaluation-harness on a directory: its numbers against log-likelihoods computed here."""
 
 import json
+import runpy
 import shutil
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script
 from transformers import AutoTokenizer
 
 import stages
@@ -94,6 +95,21 @@ def test_a_file_of_another_layout_is_refused(harness, tmp_path):
         harness.describe_task(tmp_path / "x.jsonl")
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):
         harness.describe_task(tmp_path / "gone.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["gone", "--tasks", "x"], "gone does not exist"), (["{base}"], "name --tasks"),
+     (["{base}", "--tasks", "nope"], "--tasks nope: no such task"),
+     (["{base}", "--files", "{text}"], "a.txt:1: 'Hello.' is no JSON object")],
+)  # fmt: skip
+def test_a_wrong_command_ends_in_a_sentence(base_dir, tmp_path, monkeypatch, words, message):
+    (tmp_path / "a.txt").write_text("Hello.")
+    words = [word.format(base=base_dir, text=tmp_path / "a.txt") for word in words]
+    monkeypatch.setattr("sys.argv", ["harness.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/harness.py"), run_name="__main__")
+    assert message in ended.value.code
 
 
 def test_intervals_come_from_the_standard_error(harness):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import runpy
 import socket
 import subprocess
 import sys
@@ -214,6 +215,21 @@ def test_a_server_that_goes_away_ends_the_run_and_keeps_the_log(serve, tmp_path)
 def test_missing_answers_are_an_error_with_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m sft.eval"):
         main(arguments(type("S", (), {"base_url": "http://127.0.0.1:9/v1"}), str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [("sft.judge", "gone --base_url http://127.0.0.1:9/v1 --model x", "answers.jsonl is missing"),
+     ("sft.judge", "{sft} --base_url http://127.0.0.1:9/v1 --model x --retries 0", "is the server"),
+     ("rlhf.judge", "{sft} {sft} --reward_model gone", "gone does not exist")],
+)  # fmt: skip
+def test_a_wrong_command_ends_in_a_sentence(tmp_path, monkeypatch, module, words, message):
+    words = words.format(sft=write_answers(tmp_path / "sft", ["a"])).split()
+    monkeypatch.setattr("sys.argv", ["judge.py", *words])
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    assert message in ended.value.code.lower()
 
 
 def test_a_reward_model_judges_offline(base_dir, tmp_path):
