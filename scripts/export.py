@@ -175,19 +175,32 @@ def is_chatml(tokenizer: Any) -> bool:
 
 
 def push(directory: Path, output_dir: Path, repo_id: str, private: bool) -> None:
-    """One commit on the Hub: the model, its card, its records, and GGUF files made before."""
+    """One commit on the Hub: the model, its card, its records, and GGUF files made before.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached, or does not take it.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     files = {file.name: file for pattern in PUBLISHED for file in sorted(directory.glob(pattern))}
     exported = ("README.md", "parity.json", "Modelfile", "*.gguf")
     files |= {f.name: f for pattern in exported for f in sorted(output_dir.glob(pattern))}
     api = HfApi()
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.create_commit(
-        repo_id,
-        [CommitOperationAdd(name, str(file)) for name, file in files.items()],
-        commit_message=f"LadderLM {directory.name}",
-    )
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, str(file)) for name, file in files.items()],
+            commit_message=f"LadderLM {directory.name}",
+        )
+    # HTTPError is that of the client's HTTP library, and the parent of what the Hub refuses.
+    except (HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(
+            f"nothing was pushed to {repo_id}: {error}\nThe card is written all the same: "
+            f"{output_dir / 'README.md'}. Log in with `hf auth login`, see that the network is "
+            "there and HF_HUB_OFFLINE is not set, and run the command again"
+        ) from error
     print(f"pushed {len(files)} files to {url}: {', '.join(files)}")
 
 
@@ -214,5 +227,5 @@ if __name__ == "__main__":
     parser.add_argument("--private", action="store_true", help="a new repository is private")
     try:
         main(parser.parse_args())
-    except (FileNotFoundError, ValueError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

@@ -226,12 +226,11 @@ def test_lineage_says_when_an_input_was_made_anew(scripts, model_dir):
 
 
 def test_branches_have_their_place_in_the_lineage(scripts, model_dir):
-    """Merged from an adapter, which is a part of its stage."""
     adapter, merged = model_dir / "adapter", model_dir / "export" / "adapter"
-    adapter.mkdir()
+    adapter.mkdir()  # a part of its stage
     (adapter / "adapter_config.json").write_text("{}")
+    merged.mkdir(parents=True)
     for stage in ("merge", "classifier"):
-        merged.mkdir(parents=True, exist_ok=True)
         inputs = {str(adapter): stages.hash_outputs(adapter)}
         give_records(merged, stage=stage, fingerprint={"inputs": inputs, "data": {}})
         steps = scripts("model_card").trace(merged)
@@ -306,6 +305,17 @@ def test_pushing_sends_the_model_and_its_card_and_no_pickle(hub, model_dir):
     assert local.read_bytes() == hub.files["README.md"]
 
 
+@pytest.mark.parametrize("offline", ["1", "0"])
+def test_a_hub_that_is_not_there_is_a_sentence(model_dir, offline):
+    environment = os.environ | {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9",
+                                "HF_TOKEN": "hf_test"}  # fmt: skip
+    command = [sys.executable, "scripts/export.py", model_dir, "--to", "hub", "--repo_id", "me/toy"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    card = model_dir.parent / "export" / "sft" / "README.md"
+    assert done.returncode == 1 and card.is_file() and "Traceback" not in done.stderr
+    assert "pushed to me/toy" in done.stderr and f"same: {card}. Log in with" in done.stderr
+
+
 def test_an_adapter_alone_becomes_a_plain_directory(scripts, gpt2_dir, tokenizer, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -319,11 +329,10 @@ def test_an_adapter_alone_becomes_a_plain_directory(scripts, gpt2_dir, tokenizer
     with pytest.raises(ValueError, match="is LoRA adapter|merge it first"):
         export.main(arguments(tmp_path / "adapter", "gguf"))
     export.main(arguments(tmp_path / "adapter", "merged"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "export" / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(place := tmp_path / "export" / "adapter")
     ids = tokenizer(SENTENCES[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, model.eval()(ids).logits, atol=1e-3, rtol=0)
-    place = tmp_path / "export" / "adapter"
     command = f"python -m sft.merge {tmp_path}/adapter --base {gpt2_dir} --output_dir {place}"
     assert stages.read_json(place / "run.json")["command"] == command
     assert f"| merge | `{command}` |" in (place / "README.md").read_text()
