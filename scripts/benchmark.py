@@ -63,7 +63,7 @@ RECIPE = {
     "config": dict(n_layer=5, n_embd=128, n_head=4, n_positions=128),
     "batch_size": 16,
     "learning_rate": 1.2e-2,
-    "weight_decay": 0.6,  # the text is read eight times
+    "weight_decay": 0.6,  # the text is read five times
     "warmup": 0.03,
 }
 
