@@ -1,17 +1,18 @@
-"""The words of a stage's command line: strict parsing, and `--dry_run`, which every stage takes.
+"""The words of a command line: strict parsing, `--dry_run`, which every stage takes, plain errors.
 
 Light imports only: `stages` imports this module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,35 @@ from provenance import split_word
 DRY_RUN = "--dry_run"
 # Set on import: what is loaded after this module is quiet about an optional kernel that is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Every command runs in it: an error that our code raises for the user is shown without frames.
+
+    So is the sentence in which transformers says that it found no such model: an OSError without a
+    number. Anything else, a library's ValueError too, is a bug until somebody has looked, and
+    keeps its traceback. Ctrl-C ends with the exit code that shells give it.
+    """
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        if not _is_ours(error) and getattr(error, "errno", 0) is not None:
+            raise
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a line of this repository raised the error."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    file = Path(trace.tb_frame.f_code.co_filename).resolve()
+    root = Path(__file__).resolve().parent
+    return file.is_relative_to(root) and "site-packages" not in file.relative_to(root).parts
 
 
 def parse_args(
@@ -36,10 +66,12 @@ def parse_args(
 
     Raises:
         FileNotFoundError: the YAML does not exist.
-        ValueError: a key or a flag that no dataclass has; the message names the nearest one.
+        ValueError: a key or a flag that no dataclass has; the message names the nearest one. A
+            file that is no YAML, or a value that is refused.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL's trainers report each run otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # of keys that TRL itself sets
+    import yaml
     from trl import TrlParser
 
     words = sys.argv[1:] if argv is None else argv
@@ -57,9 +89,13 @@ def parse_args(
                 f"--config {argv[position]}: no such file. The recipes are in configs/: "
                 f"{', '.join(sorted(p.name for p in Path('configs').glob('*/')))}"
             )
-    *parsed, from_file, from_flags = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    try:
+        *parsed, from_file, from_flags = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except (ValueError, yaml.YAMLError) as error:  # a value that TrainingArguments refuses, too
+        where = argv[argv.index("--config") + 1] if "--config" in argv else "the command line"
+        raise ValueError(f"{where}: {error}") from error
     for where, words in (("the config file", from_file), ("the command line", from_flags)):
         unknown = [word for word in words if word.startswith("--")] or words[:1]
         if unknown:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 from commandline import is_dry_run
 from commandline import parse_args as parse_args
+from commandline import plain_errors as plain_errors
 from lineage import check_road, trace
 from provenance import (
     cpu_name,
@@ -363,4 +364,5 @@ def wait_for_all_processes() -> None:
 if __name__ == "__main__":
     from lineage import main
 
-    main(sys.argv[1:])
+    with plain_errors():
+        main(sys.argv[1:])

@@ -305,6 +305,7 @@ def main(directory: str, files: list[str]) -> None:
 
     from tokenizer.corpus import read_documents
 
+    stages.require_input(directory, "config.json", "tokenizer.json")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -316,4 +317,5 @@ if __name__ == "__main__":
     parser.add_argument("directory", help="a directory or a Hub name of a causal language model")
     parser.add_argument("--files", nargs="+", required=True, help="held-out text")
     arguments = parser.parse_args()
-    main(arguments.directory, arguments.files)
+    with stages.plain_errors():
+        main(arguments.directory, arguments.files)

@@ -325,4 +325,5 @@ def summarize(args: PrepareArguments, sources: dict[str, Source]) -> dict[str, A
 
 
 if __name__ == "__main__":
-    main(*stages.parse_args([PrepareArguments]))
+    with stages.plain_errors():
+        main(*stages.parse_args([PrepareArguments]))

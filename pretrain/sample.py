@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+import stages
+
 SAMPLE_PROMPTS = ("", "In the morning", "早上")
 
 
@@ -44,6 +46,7 @@ def main(args: argparse.Namespace) -> None:
     """Print continuations."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    stages.require_input(args.directory, "config.json", "tokenizer.json")
     model = AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.directory)
     for prompt in [args.prompt] if args.prompt is not None else SAMPLE_PROMPTS:
@@ -60,4 +63,5 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

@@ -259,4 +259,6 @@ def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
 
 
 if __name__ == "__main__":
-    main(*stages.parse_args([PretrainArguments, TrainingArguments], defaults=training_defaults()))
+    with stages.plain_errors():
+        classes = [PretrainArguments, TrainingArguments]
+        main(*stages.parse_args(classes, defaults=training_defaults()))

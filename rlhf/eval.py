@@ -138,4 +138,5 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True, help="YAML with the keys of sft.eval")
     parser.add_argument("--reward_model", help="a directory made by rlhf.train_reward")
     parser.add_argument("--reference", help="the model the policy started from")
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

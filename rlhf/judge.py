@@ -8,7 +8,6 @@ should: compare with a language model's verdict (`python -m sft.judge`).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import stages
@@ -46,7 +45,5 @@ if __name__ == "__main__":
     parser.add_argument("second", help="the one it is compared with")
     parser.add_argument("--reward_model", required=True, help="made by rlhf.train_reward")
     parser.add_argument("--max_rows", type=int, default=500, help="conversations, the first ones")
-    try:
+    with stages.plain_errors():
         main(parser.parse_args())
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

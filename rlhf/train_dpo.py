@@ -97,4 +97,5 @@ def explain_logs() -> None:
 if __name__ == "__main__":
     classes = [DPOArguments, DPOConfig, ModelConfig]
     defaults = training_defaults() | {"precompute_ref_log_probs": True}  # one model in memory
-    main(*stages.parse_args(classes, defaults=defaults))
+    with stages.plain_errors():
+        main(*stages.parse_args(classes, defaults=defaults))

@@ -212,4 +212,5 @@ def order_prompts(levels: list[int], count: int, curriculum: bool, seed: int | N
 
 if __name__ == "__main__":
     classes = [GRPOArguments, GRPOConfig, ModelConfig]
-    main(*stages.parse_args(classes, defaults=training_defaults()))
+    with stages.plain_errors():
+        main(*stages.parse_args(classes, defaults=training_defaults()))

@@ -106,4 +106,5 @@ def choose_reward_funcs(args: PPOArguments, base: Path, max_completion_length: i
 
 if __name__ == "__main__":
     classes = [PPOArguments, PPOConfig, ModelConfig]
-    main(*stages.parse_args(classes, defaults=training_defaults()))
+    with stages.plain_errors():
+        main(*stages.parse_args(classes, defaults=training_defaults()))

@@ -147,4 +147,5 @@ def score_reference(directory: str, base) -> dict[str, dict]:
 
 if __name__ == "__main__":
     classes = [RewardArguments, RewardConfig, ModelConfig]
-    main(*stages.parse_args(classes, defaults=training_defaults()))
+    with stages.plain_errors():
+        main(*stages.parse_args(classes, defaults=training_defaults()))

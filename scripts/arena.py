@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import arena_models
 import arena_page
 
+import stages
 from sft.verifiers import VERIFIERS, check_answer
 
 # prompt, right answer, verifier
@@ -267,7 +267,5 @@ if __name__ == "__main__":
     parser.add_argument("directories", nargs="+", help="recipes (output/tiny) or single models")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--no_browser", action="store_true", help="do not open the browser")
-    try:
+    with stages.plain_errors():
         main(parser.parse_args())
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import yaml
 
+import stages
+
 # Of configs/tiny on 2 cores at REFERENCE_PEAK (matrix products, FLOP/s), from its run.json files:
 # seconds of pretraining and of all other stages, and the bytes that each took at its peak.
 REFERENCE_PEAK = 1.0e12
@@ -175,7 +177,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=15, help="time for all stages together")
     parser.add_argument("--network", action="store_true", help="public data may be downloaded")
-    try:
+    with stages.plain_errors():
         main(parser.parse_args())
-    except ValueError as error:
-        sys.exit(str(error))

@@ -13,7 +13,6 @@ one is expected to look different by chance.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import comparison
@@ -107,7 +106,5 @@ if __name__ == "__main__":
     parser.add_argument("run_a", type=Path, help="a stage's output, or a recipe's: output/tiny/sft")
     parser.add_argument("run_b", type=Path, help="the other one; differences are run_b - run_a")
     arguments = parser.parse_args()
-    try:
+    with stages.plain_errors():
         main(arguments.run_a, arguments.run_b)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

@@ -22,6 +22,8 @@ from typing import Any
 
 from doctor_data import Finding, check_data, check_labels, check_rows, judge
 
+import stages
+
 ROOT = Path(__file__).parents[1]
 REACHED = 0.4  # of the peak, by training steps; only for a rough time
 LEAST_FREE = 2e9  # bytes
@@ -315,4 +317,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", nargs="?", help="a recipe's folder or a stage's YAML")
     parser.add_argument("--lang", choices=("en", "zh"), default=find_language())
-    sys.exit(main(parser.parse_args()))
+    with stages.plain_errors():
+        sys.exit(main(parser.parse_args()))

@@ -17,7 +17,6 @@ transformers and, where llama-cpp-python is installed, in llama.cpp. parity.json
 import argparse
 import hashlib
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +224,5 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", help="default: export/<name> beside the directory")
     parser.add_argument("--repo_id", help="name on the Hub, owner/name")
     parser.add_argument("--private", action="store_true", help="a new repository is private")
-    try:
+    with stages.plain_errors():
         main(parser.parse_args())
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

@@ -162,7 +162,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--apply_chat_template", action="store_true", help="ask a chat model in its own format"
     )
-    try:
+    with stages.plain_errors():
         main(parser.parse_args())
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

@@ -347,4 +347,5 @@ if __name__ == "__main__":
     parser.add_argument("config", help="a stage's YAML, such as configs/tiny/sft.yaml")
     parser.add_argument("--rows", type=int, default=20, help="rows on the page")
     parser.add_argument("--html", help="where the page goes")
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

@@ -174,4 +174,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="STAGE.KEY=VALUE", help="override keys of the YAMLs"
     )
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

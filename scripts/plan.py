@@ -57,4 +57,5 @@ if __name__ == "__main__":
         "--flops_per_second", type=float, help="what one process reaches, not the data sheet's peak"
     )
     parser.add_argument("--metrics", help="metrics.jsonl of a run: its tokens/s is taken")
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

@@ -14,7 +14,6 @@ import argparse
 import html
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -340,7 +339,5 @@ def escape_markdown(text: Any) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("directory", type=Path, help="output/<recipe>")
-    try:
+    with stages.plain_errors():
         main(parser.parse_args().directory)
-    except FileNotFoundError as error:
-        sys.exit(str(error))

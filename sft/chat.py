@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import stages
 from sft.eval import load_for_generation
 from sft.model import context_length
 from sft.rendering import encode_prompt
@@ -98,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
+    stages.require_input(args.directory, "config.json", "tokenizer.json")
     model, tokenizer = load_for_generation(args.directory)
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -157,4 +159,5 @@ if __name__ == "__main__":
     parser.add_argument("--num_beams", type=int, default=1, help="more than 1: beam search")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

@@ -78,4 +78,5 @@ if __name__ == "__main__":
     parser.add_argument("directory", help="output of sft.train_classifier")
     parser.add_argument("--text", action="append", default=[], help="may be given several times")
     parser.add_argument("--file", help="a text a line")
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

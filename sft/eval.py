@@ -394,7 +394,5 @@ if __name__ == "__main__":
         print("usage: python -m sft.eval DIRECTORY ... --config configs/tiny/eval.yaml")
     if len(sys.argv) == 1:
         sys.exit(2)
-    try:
+    with stages.plain_errors():
         main(named, *stages.parse_args([EvalArguments], sys.argv[1 + len(named) :]))
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))

@@ -19,13 +19,13 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import stages
 from comparison import pair_rows, read_jsonl
 from pretrain.eval import mean_with_interval, print_metrics, save_metrics, share_with_interval
 
@@ -292,7 +292,5 @@ if __name__ == "__main__":
     parser.add_argument("--max_tokens", type=int, default=256, help="of a verdict")
     parser.add_argument("--retries", type=int, default=2, help="of a request, and of a verdict")
     parser.add_argument("--timeout_s", type=float, default=120.0, help="of one request")
-    try:
+    with stages.plain_errors():
         main(parser.parse_args())
-    except (ConnectionError, FileNotFoundError, ImportError, ValueError) as error:
-        sys.exit(str(error))

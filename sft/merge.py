@@ -16,6 +16,7 @@ from sft.model import merge_adapter, set_stop_tokens
 
 def main(adapter: str, base: str | None, tokenizer_dir: str | None, output_dir: str) -> None:
     """Write the merged model and its tokenizer, and print what the merge changed."""
+    stages.require_input(adapter, "adapter_config.json")
     base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
     run = stages.start_run("merge", output_dir, [], [base, adapter])
     words = [adapter, "--base", base, "--output_dir", output_dir]
@@ -40,4 +41,5 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", help="its tokenizer; default: the one beside the adapter")
     parser.add_argument("--output_dir", required=True)
     arguments = parser.parse_args()
-    main(arguments.adapter, arguments.base, arguments.tokenizer, arguments.output_dir)
+    with stages.plain_errors():
+        main(arguments.adapter, arguments.base, arguments.tokenizer, arguments.output_dir)

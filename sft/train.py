@@ -217,4 +217,5 @@ def save_merged(model, tokenizer, output_dir: Path) -> None:
 
 if __name__ == "__main__":
     classes = [SFTArguments, SFTConfig, ModelConfig]
-    main(*stages.parse_args(classes, defaults=training_defaults()))
+    with stages.plain_errors():
+        main(*stages.parse_args(classes, defaults=training_defaults()))

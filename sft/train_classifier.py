@@ -207,4 +207,5 @@ def evaluate_classifier(directory: str, rows: list[Labelled]) -> dict[str, dict]
 
 if __name__ == "__main__":
     classes = [ClassifierArguments, TrainingArguments, ModelConfig]
-    main(*stages.parse_args(classes, defaults=training_defaults()))
+    with stages.plain_errors():
+        main(*stages.parse_args(classes, defaults=training_defaults()))

@@ -116,3 +116,20 @@ def test_remote_code_is_refused():
     with pytest.raises(ValueError, match="trust_remote_code is refused"):
         words = ["--config", "configs/tiny/sft.yaml", "--trust_remote_code", "true"]
         stages.parse_args(dataclasses_of(module), words, training_defaults())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1\nb: 2\n", "line 2"),
+        ("- 1\n", "must contain a YAML mapping"),
+        ("lr_scheduler_type: nonsense\n", "nonsense is not a valid"),
+        ("load_best_model_at_end: true\neval_strategy: 'no'\n", "save and eval strategy to match"),
+    ],
+)
+def test_a_refused_value_names_the_file(tmp_path, text, said):
+    path = tmp_path / "pretrain.yaml"
+    path.write_text(f"{text}data_dir: d\noutput_dir: x\n" if text[0] != "-" else text)
+    module = importlib.import_module("pretrain.train")
+    with pytest.raises(ValueError, match=f"(?s)pretrain.yaml: .*{said}"):
+        stages.parse_args(dataclasses_of(module), ["--config", str(path)], training_defaults())

@@ -107,6 +107,16 @@ def test_training_stages_have_one_silhouette():
         assert sum(isinstance(n, ast.AnnAssign) for n in arguments.body) <= 10
 
 
+COMMANDS = [path for path in FILES if path.parent.name in (*PACKAGES, "scripts")]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=named)
+def test_every_command_speaks_to_its_user(path):
+    text = path.read_text(encoding="utf-8")
+    if '__name__ == "__main__"' in text and not path.stem.startswith("benchmark"):
+        assert "    with stages.plain_errors():" in text.split('__name__ == "__main__"')[1]
+
+
 def test_stages_imports_light():
     code = "import stages, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import stages
 
@@ -241,3 +243,28 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(ValueError, match="Circular"):
         stages.write_json(path, circular)
     assert json.loads(path.read_text()) == {"old": True}
+
+
+def test_errors_for_the_user_come_without_frames_and_bugs_with_them(tmp_path):
+    with pytest.raises(SystemExit, match="output/nowhere does not exist") as ended:
+        with stages.plain_errors():
+            stages.require_input("output/nowhere")
+    assert ended.value.code != 0
+    with pytest.raises(json.JSONDecodeError), stages.plain_errors():
+        json.loads("{")  # raised by a library: somebody has to see where
+    with pytest.raises(FileNotFoundError), stages.plain_errors():
+        Path(tmp_path, "absent").read_text()
+    with pytest.raises(KeyError), stages.plain_errors():
+        raise KeyError("never for a user")
+
+
+def test_a_model_that_transformers_does_not_find_is_no_traceback(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(SystemExit, match="no file named"), stages.plain_errors():
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_ctrl_c_ends_with_its_exit_code():
+    with pytest.raises(SystemExit) as ended, stages.plain_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130

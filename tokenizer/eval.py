@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import stages
 from tokenizer.corpus import list_files, read_documents
 from tokenizer.vocabulary import is_bare_byte, longest_entries, write_vocabulary
 
@@ -196,6 +197,8 @@ def main(args: argparse.Namespace) -> None:
     """Print the measurements as a table, and write the vocabulary where it is asked for."""
     list_files(args.files)
     names = [args.directory, *args.against]
+    for name in names:
+        stages.require_input(name)
     short = [Path(name).name if len({Path(n).name for n in names}) == len(names) else name
              for name in names]  # fmt: skip
     tokenizers = {label: load_tokenizer(n) for label, n in zip(short, names, strict=True)}
@@ -214,4 +217,5 @@ if __name__ == "__main__":
     parser.add_argument("--files", nargs="+", required=True, help="held-out text")
     parser.add_argument("--against", nargs="+", default=[], help="tokenizers to set beside it")
     parser.add_argument("--vocabulary", metavar="TSV", help="write the entries as readable text")
-    main(parser.parse_args())
+    with stages.plain_errors():
+        main(parser.parse_args())

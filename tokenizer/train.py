@@ -198,4 +198,5 @@ def wrap(bpe: Tokenizer, model_max_length: int):
 
 
 if __name__ == "__main__":
-    main(*stages.parse_args([TokenizerArguments]))
+    with stages.plain_errors():
+        main(*stages.parse_args([TokenizerArguments]))
