@@ -6,6 +6,7 @@ transformers' own GGUF loading, and llama.cpp through llama-cpp-python where tha
 
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def check(path: Path, model: Any, tokenizer: Any, type_name: str) -> dict[str, A
     found["transformers"] = read_with_transformers(
         path, model, tokenizer, type_name, prompts, expected
     )
-    found["llama_cpp"] = read_with_llama_cpp(path, tokenizer, prompts, expected)
+    rooms = [count_new_tokens(model, ids) for ids in prompts]
+    found["llama_cpp"] = read_with_llama_cpp(path, tokenizer, prompts, rooms, expected)
     return found
 
 
@@ -89,14 +91,20 @@ def as_messages(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+def count_new_tokens(model: Any, ids: Sequence[int]) -> int:
+    """How many tokens are compared: those that the context has positions for."""
+    return min(NEW_TOKENS, context_length(model) - len(ids))
+
+
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, ids: Sequence[int], stops: int | list[int]) -> str:
     """The greedy continuation as text, up to a stop id."""
+    new_tokens = count_new_tokens(model, ids)
     ids = torch.tensor([ids])
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(NEW_TOKENS, context_length(model) - ids.shape[1]),
+        max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=stops,  # transformers reads one stop id of the file, not all
         pad_token_id=tokenizer.pad_token_id,
@@ -153,26 +161,45 @@ def read_with_transformers(
 
 
 def read_with_llama_cpp(
-    path: Path, tokenizer: Any, prompts: list, expected: list[str]
+    path: Path, tokenizer: Any, prompts: list, rooms: list[int], expected: list[str]
 ) -> dict[str, Any] | str:
-    """Ids, stop ids and answers of llama.cpp; the answers go through the file's own template."""
+    """Ids, stop ids and answers of llama.cpp; the answers go through the file's own template.
+
+    Asked for a conversation, llama-cpp-python does not count while a character is incomplete, and
+    llama.cpp, which rounds the context up to a multiple of 256, aborts the process at a position
+    that a GPT-2 has no row for. So its tokens are counted here.
+    """
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed: not read with llama.cpp"
     import llama_cpp
 
     engine = llama_cpp.Llama(str(path), n_ctx=0, verbose=False, seed=0)
+    vocabulary = llama_cpp.llama_model_get_vocab(engine.model)
 
     def encode(text: str) -> list[int]:
         return engine.tokenize(text.encode(), add_bos=False, special=True)
 
-    options = {"temperature": 0.0, "max_tokens": NEW_TOKENS}
-    if tokenizer.chat_template is None:
-        texts = [engine.create_completion(ids, **options)["choices"][0]["text"] for ids in prompts]
-    else:
-        answers = [engine.create_chat_completion(as_messages(t), **options) for t in MESSAGES]
-        texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    def answer(ids: list[int], room: int) -> str:
+        tokens = itertools.islice(engine.generate(ids, temp=0.0), room)
+        ends = itertools.takewhile(
+            lambda token: not llama_cpp.llama_vocab_is_eog(vocabulary, token), tokens
+        )
+        return tokenizer.decode(list(ends), skip_special_tokens=True)
+
+    if tokenizer.chat_template is not None:
+        prompts = [encode(text) for text in render_with_llama_cpp(engine.metadata, tokenizer)]
+    texts = [answer(ids, room) for ids, room in zip(prompts, rooms, strict=True)]
     return {
         "version": importlib.metadata.version("llama-cpp-python"),
         "token_ids": compare_ids(tokenizer, encode),
         "greedy": compare_texts(expected, texts),
     }
+
+
+def render_with_llama_cpp(metadata: dict[str, str], tokenizer: Any) -> list[str]:
+    """The questions as prompts, by llama-cpp-python's reading of the file's template."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = metadata["tokenizer.chat_template"]
+    render = Jinja2ChatFormatter(template, str(tokenizer.eos_token), str(tokenizer.bos_token))
+    return [render(messages=as_messages(text)).prompt for text in MESSAGES]
