@@ -157,13 +157,17 @@ def compare_answers(
 
 
 def compare_texts(a: Iterable[dict], b: Iterable[dict]) -> list[Comparison]:
-    """Bits per byte of the documents that the rows of two texts.jsonl have in common."""
-    pairs = pair_rows(a, b, "sha256")
-    if not pairs:
-        return []
-    bits = [[row["nats"] / math.log(2) for row in rows] for rows in zip(*pairs, strict=True)]
-    sizes = [one["bytes"] for one, _ in pairs]
-    return [make_comparison("bits_per_byte", *bits, sizes)]
+    """Bits per byte of the documents that the rows of two texts.jsonl have in common.
+
+    Long documents are compared piece by piece, so that one of them is enough for an interval.
+    """
+    bits, sizes = ([], []), []
+    for rows in pair_rows(a, b, "sha256"):
+        pieces = [row.get("pieces") or [[row["nats"], row["bytes"]]] for row in rows]
+        for found, theirs in zip(bits, pieces, strict=True):
+            found += [nats / math.log(2) for nats, _ in theirs]
+        sizes += [size for _, size in pieces[0]]
+    return [make_comparison("bits_per_byte", *bits, sizes)] if sizes else []
 
 
 def make_comparison(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from tokenizer.eval import detect_language
 
 Z = 1.96  # 95 % of a normal distribution lies within so many standard errors
 LONGEST_WINDOW = 4096  # tokens; a model that could read more is not asked to
-PIECE = 2**16  # characters of a document that are tokenized at once
+CUT = 2**16  # characters of a document that are tokenized at once
+PIECE = 1000  # characters: the unit of intervals, and of what two runs are compared by
 TOKENS_AT_ONCE = 2**13  # of a forward pass, with padding
 TOKENS_SORTED = 2**16  # windows of so many tokens are batched by length
 LOGITS_AT_ONCE = 2**24  # 64 MB in fp32
@@ -80,37 +81,46 @@ def save_metrics(directory: str | Path, metrics: dict[str, dict]) -> None:
     stages.write_json(path, (stages.read_json(path) or {}) | metrics)
 
 
-class Part(NamedTuple):
-    """What a model needed for the tokens of one window that no earlier window had scored."""
+@dataclass
+class Piece:
+    """`PIECE` characters of a document, and what a model needed for the tokens that begin there."""
 
-    nats: float
-    tokens: int
-    size: float  # UTF-8 bytes that the tokens stand for
+    size: int  # UTF-8 bytes
+    nats: float = 0.0
+    tokens: int = 0
 
 
 @dataclass
 class ScoredDocument:
-    """A document and its parts, one where it fits into the model's context."""
+    """A document in pieces, which no tokenizer and no context decides on."""
 
     text: str  # its beginning
     sha256: str
     lang: str
-    parts: list[Part] = field(default_factory=list)
+    pieces: list[Piece]
+
+    @classmethod
+    def from_text(cls, text: str) -> "ScoredDocument":
+        """Not read yet."""
+        digest, lang = hashlib.sha256(text.encode()).hexdigest(), detect_language(text[:10_000])
+        parts = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+        return cls(text[:80], digest, lang, [Piece(len(part.encode())) for part in parts])
 
     def to_row(self) -> dict[str, Any]:
         """A line of texts.jsonl, which `scripts/compare.py` pairs with another run's."""
-        nats, tokens, size = map(sum, zip(*self.parts, strict=True))
-        shown = {"text": self.text[:80], "sha256": self.sha256, "lang": self.lang}
-        return shown | {"nats": round(nats, 4), "tokens": tokens, "bytes": round(size)}
+        nats, tokens, size = (sum(getattr(p, key) for p in self.pieces) for key in
+                              ("nats", "tokens", "size"))  # fmt: skip
+        row = {"text": self.text, "sha256": self.sha256, "lang": self.lang,
+               "nats": round(nats, 4), "tokens": tokens, "bytes": size}  # fmt: skip
+        pieces = [[round(piece.nats, 4), piece.size] for piece in self.pieces]
+        return row | ({"pieces": pieces} if len(pieces) > 1 else {})
 
 
 class Window(NamedTuple):
-    """Ids to read together; the last `scored` of them are predicted."""
+    """Ids to read together; the last ones are predicted, as many as there are `pieces`."""
 
-    document: ScoredDocument
     ids: list[int]
-    scored: int
-    size: float
+    pieces: list[Piece]  # of each predicted id
 
 
 @torch.no_grad()
@@ -135,8 +145,10 @@ def score_documents(model: Any, tokenizer: Any, documents: Iterable[str]) -> lis
     head = find_plain_head(model, first)
     scored = []
     for batch in batch_windows(slide(tokenizer, documents, first, context, scored), head):
-        for window, nats in zip(batch, _sum_nats(model, head, batch), strict=True):
-            window.document.parts.append(Part(nats, window.scored, window.size))
+        for window, nats in zip(batch, _measure_nats(model, head, batch), strict=True):
+            for piece, value in zip(window.pieces, nats, strict=True):
+                piece.nats += value
+                piece.tokens += 1
     model.train(was_training)
     if not scored:
         raise ValueError("there is no text to measure: the files hold no document")
@@ -151,35 +163,42 @@ def slide(
     for text in documents:
         if not text:
             continue
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        document = ScoredDocument(text[:80], digest, detect_language(text[:10_000]))
+        document = ScoredDocument.from_text(text)
         scored.append(document)
-        ids, sizes, new = [first], [0.0], 0
+        ids, new = [first], []  # `new`: the pieces of the last ids, those not yet in a window
         room = context - 1  # of the first window, whose first id is given
-        for piece in cut_text(text):
-            more = tokenizer(
-                piece, add_special_tokens=False, split_special_tokens=True, verbose=False
-            )["input_ids"]
+        start = 0
+        for cut in cut_text(text):
+            more, offsets = tokenize_with_offsets(tokenizer, cut)
             ids += more
-            sizes += [len(piece.encode()) / max(len(more), 1)] * len(more)
-            new += len(more)
-            while new > room:
-                end = len(ids) - new + room
-                size = sum(sizes[end - room : end])
-                yield Window(document, ids[max(end - context, 0) : end], room, size)
-                new, room = new - room, stride
+            new += [document.pieces[(start + offset) // PIECE] for offset in offsets]
+            start += len(cut)
+            while len(new) > room:
+                end = len(ids) - len(new) + room
                 kept = max(end - context, 0)
-                ids, sizes = ids[kept:], sizes[kept:]
+                yield Window(ids[kept:end], new[:room])
+                ids, new, room = ids[kept:], new[room:], stride
         if new:
-            yield Window(document, ids[-min(context, len(ids)) :], new, sum(sizes[-new:]))
+            yield Window(ids[-context:], new)
+
+
+def tokenize_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """The ids of plain text, and the character that each begins at (without a fast tokenizer: as
+    if all were equally long)."""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, **options)
+        return encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
+    ids = tokenizer(text, **options)["input_ids"]
+    return ids, [i * len(text) // len(ids) for i in range(len(ids))]
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Pieces of at most `PIECE` characters, cut before a space or a newline where one is near."""
+    """Parts of at most `CUT` characters, cut before a space or a newline where one is near."""
     start = 0
-    while len(text) - start > PIECE:
-        cuts = (text.rfind(mark, start + PIECE // 2, start + PIECE) for mark in ("\n", " "))
-        end = next((cut for cut in cuts if cut > 0), start + PIECE)
+    while len(text) - start > CUT:
+        cuts = (text.rfind(mark, start + CUT // 2, start + CUT) for mark in ("\n", " "))
+        end = next((cut for cut in cuts if cut > 0), start + CUT)
         yield text[start:end]
         start = end
     yield text[start:]
@@ -227,15 +246,15 @@ def find_plain_head(model: Any, token: int) -> Any:
     return head if torch.allclose(head(hidden), expected, rtol=1e-3, atol=1e-3) else None
 
 
-def _sum_nats(model: Any, head: Any, batch: list[Window]) -> list[float]:
-    """Summed negative log-likelihood of each window's scored ids; logits in chunks."""
+def _measure_nats(model: Any, head: Any, batch: list[Window]) -> list[list[float]]:
+    """Negative log-likelihood of each predicted id of each window; logits in chunks."""
     width = max(len(window.ids) for window in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask, is_scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for i, window in enumerate(batch):
         ids[i, : len(window.ids)] = torch.tensor(window.ids)
         mask[i, : len(window.ids)] = 1
-        is_scored[i, len(window.ids) - window.scored : len(window.ids)] = True
+        is_scored[i, len(window.ids) - len(window.pieces) : len(window.ids)] = True
     ids, mask, is_scored = (tensor.to(model.device) for tensor in (ids, mask, is_scored))
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     states = model(**inputs).logits if head is None else model.base_model(**inputs)[0]
@@ -246,27 +265,27 @@ def _sum_nats(model: Any, head: Any, batch: list[Window]) -> list[float]:
     for part, target in zip(states.split(rows), targets.split(rows), strict=True):
         logits = (part if head is None else head(part)).float()
         nats.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
-    nats = torch.cat(nats).double()
-    return [part.sum().item() for part in nats.split([window.scored for window in batch])]
+    parts = torch.cat(nats).split([len(window.pieces) for window in batch])
+    return [part.tolist() for part in parts]
 
 
 def summarize(documents: Sequence[ScoredDocument]) -> dict[str, dict]:
     """Bits per byte over all documents and by language, and perplexity a token.
 
     Bits per byte compare models of any tokenizer; perplexity only those of the same. The interval
-    takes documents, and the windows of long ones, as independent.
+    takes documents, and the pieces of long ones, as independent.
     """
-    parts = {"": [part for document in documents for part in document.parts]}
+    pieces = {"": [piece for document in documents for piece in document.pieces]}
     languages = sorted({document.lang for document in documents})
     for lang in languages if len(languages) > 1 else []:
-        parts[f"/{lang}"] = [p for document in documents if document.lang == lang
-                             for p in document.parts]  # fmt: skip
+        pieces[f"/{lang}"] = [piece for document in documents if document.lang == lang
+                              for piece in document.pieces]  # fmt: skip
     metrics = {}
-    for ending, chosen in parts.items():
-        bits = [part.nats / math.log(2) for part in chosen]
-        sizes = [part.size for part in chosen]
+    for ending, chosen in pieces.items():
+        bits = [piece.nats / math.log(2) for piece in chosen]
+        sizes = [piece.size for piece in chosen]
         metrics[f"bits_per_byte{ending}"] = ratio_with_interval(bits, sizes, "bits/byte")
-    nats, tokens = ([part[i] for part in parts[""]] for i in (0, 1))
+    nats, tokens = ([getattr(piece, key) for piece in pieces[""]] for key in ("nats", "tokens"))
     a_token = ratio_with_interval(nats, tokens, "nats/token")
     bounds = [math.nan if a_token[part] is None else _exp(a_token[part])
               for part in ("value", "low", "high")]  # fmt: skip

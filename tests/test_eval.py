@@ -1,5 +1,6 @@
 """Held-out numbers: sliding windows against a plain loop, bounded memory, BLEU, ROUGE, pass@k."""
 
+import copy
 import json
 import math
 import runpy
@@ -11,6 +12,7 @@ import torch
 from conftest import read_lines
 from transformers import AutoModelForCausalLM
 
+import comparison
 import stages
 from pretrain import eval as held_out
 from pretrain.modeling_gpt import GPT2LMHeadModel
@@ -63,7 +65,7 @@ def test_long_texts_are_read_through_a_sliding_window(model, tokenizer):
         row = document.to_row()
         assert row["tokens"] == tokens and row["bytes"] == len(text.encode())
         assert row["nats"] == pytest.approx(nats, rel=1e-3)
-    assert len(scored[0].parts) > 4 and len(scored[1].parts) == 1
+    assert len(scored[0].pieces) == 1, "no more than one where the text is not that long"
     metrics = held_out.summarize(scored)
     total, count = (sum(document.to_row()[k] for document in scored) for k in ("nats", "tokens"))
     size = sum(len(text.encode()) for text in texts)
@@ -80,10 +82,50 @@ def test_pieces_and_chunks_change_nothing(model, tokenizer, monkeypatch):
     cut = held_out.score_documents(model, tokenizer, [LONG, "Hi"])[0].to_row()
     assert cut["nats"] == pytest.approx(whole["nats"], rel=1e-5)
     assert cut["tokens"] == whole["tokens"]
-    monkeypatch.setattr(held_out, "PIECE", 50)
-    pieces = list(held_out.cut_text(LONG))
-    assert "".join(pieces) == LONG and max(map(len, pieces)) <= 50
-    assert all(piece[0] in " \n" for piece in pieces[1:])
+    monkeypatch.setattr(held_out, "CUT", 50)
+    parts = list(held_out.cut_text(LONG))
+    assert "".join(parts) == LONG and max(map(len, parts)) <= 50
+    assert all(part[0] in " \n" for part in parts[1:])
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_piece_has_the_nats_of_the_tokens_that_begin_in_it(
+    model, tokenizer, monkeypatch, is_fast
+):
+    monkeypatch.setattr(held_out, "PIECE", 37)
+    monkeypatch.setattr(held_out, "CUT", 50)
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: is_fast))
+    text = "小河 flows past the old mill, 1234 步。 " * 4
+    (document,) = held_out.score_documents(model, tokenizer, [text])
+    sizes = [len(text[i : i + 37].encode()) for i in range(0, len(text), 37)]
+    assert [piece.size for piece in document.pieces] == sizes
+    row = document.to_row()
+    assert row["tokens"] == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert row["pieces"] == [[round(p.nats, 4), p.size] for p in document.pieces]
+    if is_fast:  # the beginning of a text up to a piece's end holds the same tokens
+        ends = range(37, len(text), 37)
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = [begin for begin, _ in offsets["offset_mapping"]]
+        counts = [sum(start < end for start in starts) for end in (*ends, len(text))]
+        done = 0
+        for piece, count in zip(document.pieces, counts, strict=True):
+            done += piece.tokens
+            assert done == count
+
+
+def test_two_runs_are_compared_on_one_long_text(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out, "PIECE", 100)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(3)
+    for name, scored in (("a", model), ("b", other)):
+        (tmp_path / name).mkdir()
+        held_out.evaluate_language_model(scored, tokenizer, [LONG], tmp_path / name)
+    (found,) = comparison.compare_directories(tmp_path / "a", tmp_path / "b")
+    assert found.metric == "bits_per_byte" and found.n == math.ceil(len(LONG) / 100)
+    (row,) = read_lines(tmp_path / "b" / "texts.jsonl")
+    assert found.b == pytest.approx(row["nats"] / math.log(2) / row["bytes"], rel=1e-4)
+    assert found.low < found.difference < found.high
 
 
 def test_no_forward_pass_and_no_logits_are_larger_than_said(model, tokenizer, monkeypatch):
