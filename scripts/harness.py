@@ -22,18 +22,19 @@ from typing import Any
 
 import stages
 
+MEAN = {"aggregation": "mean", "higher_is_better": True}  # the harness warns of what is not said
 LAYOUTS = {
     ("sentence_good", "sentence_bad"): {
         "doc_to_text": "",
         "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
         "doc_to_target": 0,
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc"} | MEAN],
     },
     ("query", "choices", "gold"): {
         "doc_to_text": "{{query}}\nAnswer:",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metric_list": [{"metric": "acc"} | MEAN, {"metric": "acc_norm"} | MEAN],
     },
 }
 
@@ -96,7 +97,9 @@ def run_harness(args: argparse.Namespace, tasks: list[Any]) -> dict[str, Any]:
     except ImportError:
         sys.exit("lm-eval is not installed: pip install -r requirements-extras.txt")
     import torch
+    from transformers import logging
 
+    logging.set_verbosity_error()
     manager = TaskManager()
     for name in args.tasks:
         if not manager.match_tasks([name]):
