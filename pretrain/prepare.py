@@ -106,6 +106,8 @@ def check_arguments(args: PrepareArguments) -> None:
     check_budget(args.data_files, args.max_tokens, "max_tokens")
     check_cleaning(args)
     BadRows(args.on_bad_row)
+    if args.block_size < 2:
+        raise ValueError(f"block_size={args.block_size}: a block needs 2 tokens, one to predict")
     if not args.validation_files and not 0 < args.validation_share < 1:
         raise ValueError(f"validation_share={args.validation_share} must lie between 0 and 1")
 

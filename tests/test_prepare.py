@@ -271,6 +271,9 @@ def test_a_dry_run_reads_as_the_run_does(tokenizer, tokenizer_dir, tmp_path):
         first('{"text": " "}\n')
     with pytest.raises(ValueError, match="data_files is empty: name the training text"):
         first(text, data_files=[])
+    for size in (0, 1):
+        with pytest.raises(ValueError, match=f"block_size={size}: a block needs 2 tokens"):
+            first(text, block_size=size)
 
 
 def test_each_step_removes_what_it_says_with_examples(run, tmp_path, capsys):
