@@ -34,8 +34,8 @@ def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
     """Train, from the run's checkpoint where there is one; a dry run ends at the first step.
 
     Raises:
-        ValueError: the checkpoint was written by another stage of ZeRO; or DeepSpeed is not there
-            although it was asked for.
+        ValueError: the checkpoint was written by another stage of ZeRO; DeepSpeed is not there
+            although it was asked for; or no step was taken.
         RuntimeError: saved weights differ from the live ones.
     """
     wanted = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
@@ -50,6 +50,14 @@ def train_or_resume(trainer: Trainer, run: stages.Run) -> None:
         trainer.add_callback(DryRun(trainer, run))
     trainer.add_callback(WholeCheckpoints(trainer, run.checkpoint))
     trainer.train(resume_from_checkpoint=run.checkpoint)
+    if trainer.state.global_step == 0:  # transformers says so in a warning, and is content
+        args = trainer.args
+        raise ValueError(
+            f"no step was taken (max_steps {args.max_steps}, num_train_epochs "
+            f"{args.num_train_epochs:g}): the model is as it was. With dataloader_drop_last the "
+            f"data has to fill a batch: {len(trainer.train_dataset):,} rows, "
+            f"{args.train_batch_size} x {args.world_size} a batch."
+        )
 
 
 def save_model(trainer: Trainer, directory: str | os.PathLike | None = None) -> None:

@@ -202,6 +202,21 @@ def test_checkpointing_gives_the_same_gradients(model_type, data_dir, tokenizer)
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_steps", "0"],
+        ["--max_steps", "-1", "--num_train_epochs", "0"],
+        ["--per_device_train_batch_size", "9999", "--dataloader_drop_last", "true"],
+    ],
+)
+def test_a_run_that_takes_no_step_does_not_finish(words, monkeypatch, data_dir, tmp_path):
+    with pytest.raises(ValueError, match="no step was taken .max_steps .*: the model is as it was"):
+        train(monkeypatch, data_dir, tmp_path, *words)
+    assert not stages.read_json(tmp_path / "run.json")["finished"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_sizes_may_have_the_names_of_the_architecture():
     args = PretrainArguments(config_overrides={"n_positions": 128, "num_hidden_layers": 3})
     config = make_config(args, vocab_size=500, block_size=64, special={})
