@@ -55,7 +55,8 @@ def watch(
             stops; None never stops it.
 
     Raises:
-        ValueError: the best evaluation cannot be kept with these evaluation and saving intervals.
+        ValueError: the best evaluation cannot be kept with these evaluation and saving intervals,
+            or the worst would be.
     """
     args = trainer.args
     check_best_model(args, early_stopping_patience)
@@ -84,6 +85,12 @@ def check_best_model(args, early_stopping_patience: int | None) -> None:
         raise ValueError(
             f"early_stopping_patience is {early_stopping_patience}, but the run would end with its "
             "last weights: set load_best_model_at_end: true"
+        )
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if args.greater_is_better and metric in ("loss", "perplexity", "bits_per_byte"):
+        raise ValueError(
+            f"of {metric} the highest would be kept as the best, which transformers assumes of all "
+            "metrics but a loss: set greater_is_better: false"
         )
     if args.load_best_model_at_end and args.save_strategy == "steps":
         if args.save_steps != args.eval_steps:

@@ -112,6 +112,17 @@ def test_the_best_weights_need_a_checkpoint_of_each_evaluation(tmp_path, tiny_co
         watch(trainer)
 
 
+def test_the_worst_weights_are_not_the_best(tmp_path, tiny_config):
+    by_bits = BEST | {"metric_for_best_model": "bits_per_byte"}
+    trainer = Trainer(GPT2LMHeadModel(tiny_config), quick_arguments(tmp_path))
+    trainer.args = quick_arguments(tmp_path, **by_bits)
+    assert trainer.args.greater_is_better, "transformers' guess, which the error is about"
+    with pytest.raises(ValueError, match="of bits_per_byte the highest.*greater_is_better: false"):
+        watch(trainer)
+    trainer.args = quick_arguments(tmp_path, **by_bits, greater_is_better=False)
+    watch(trainer)
+
+
 # --minutes
 
 
