@@ -29,7 +29,7 @@ def plan_steps(args: TrainingArguments, minutes: float, checkpoint: str | None) 
     Raises:
         ValueError: no time, or a schedule that does not know its end.
     """
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}: give a positive number, or leave it out")
     if not isinstance(make_scheduler(args, steps=100), LambdaLR):
         raise ValueError(
@@ -97,7 +97,7 @@ class Budget(StepClock):
         if state.global_step == self.first_timed:
             self.steps_s = 0.0
             control.should_evaluate |= args.eval_strategy != "no"
-            control.should_save |= args.save_strategy == "steps"
+            control.should_save |= args.save_strategy in ("steps", "epoch")
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Take its time."""
@@ -125,7 +125,8 @@ class Budget(StepClock):
         if not known and passed_s < ENOUGH_SHARE * budget_s:
             return
         step_s = self.steps_s / timed
-        between_s, end_s = self.reserve(args)
+        epoch = state.global_step / state.epoch
+        between_s, end_s = self.reserve(args, epoch)
         left = choose_steps(budget_s - passed_s, step_s, between_s, end_s)
         state.max_steps = state.global_step + 1 + left
         state.compute_steps(args, state.max_steps)
@@ -139,15 +140,21 @@ class Budget(StepClock):
                 f"(an evaluation {self.evaluation_s:.2f} s, a checkpoint {self.save_s:.2f} s)"
             )
 
-    def reserve(self, args) -> tuple[dict[float, float], float]:
-        """Time between steps by how often it is needed, and time at the end (`choose_steps`)."""
+    def reserve(self, args, epoch: float) -> tuple[dict[float, float], float]:
+        """Time between steps by how often it is needed, and time at the end (`choose_steps`).
+
+        Args:
+            epoch: steps of one.
+        """
         between_s, end_s = {}, 0.0
-        for strategy, every, seconds in (
-            (args.eval_strategy, args.eval_steps, self.evaluation_s),
-            (args.save_strategy, args.save_steps, self.save_s),
-        ):
-            if strategy != "steps":
+        evaluations = (args.eval_strategy, args.eval_steps)
+        saves = (args.save_strategy, args.save_steps)
+        if args.save_strategy == "best":  # at most each evaluation is the best
+            saves = evaluations
+        for (strategy, every), seconds in ((evaluations, self.evaluation_s), (saves, self.save_s)):
+            if strategy == "no":
                 continue
+            every = epoch if strategy == "epoch" else every
             if every < 1:  # a share of the steps: so many times in all
                 end_s += seconds / every
             else:

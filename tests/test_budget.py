@@ -201,6 +201,15 @@ def test_minutes_choose_the_steps_and_the_schedule_ends_there(prepared_dir, tmp_
     assert rate == pytest.approx(4, rel=0.01)
 
 
+def test_evaluations_and_checkpoints_of_epochs_are_in_the_minutes(prepared_dir, tmp_path, timed):
+    ticks = timed()
+    by_epoch = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    pretrain(prepared_dir, tmp_path, {"minutes": 2.0}, **MINUTES | by_epoch)
+    epoch = math.ceil(len(load_blocks(prepared_dir, "train")) / 4)
+    assert ticks.evaluations[:3] == [2, epoch, 2 * epoch]
+    assert 111 <= ticks.clock.now - 100 <= 129  # to one evaluation and its checkpoint, 9 s
+
+
 def test_a_resumed_run_keeps_the_number_of_steps(prepared_dir, tmp_path, timed, monkeypatch):
     class Killed(Exception):
         pass
@@ -238,6 +247,8 @@ def test_minutes_need_time_and_a_schedule_with_an_end(tmp_path):
     assert args.max_steps == UNKNOWN_STEPS
     with pytest.raises(ValueError, match="minutes is 0: give a positive number"):
         plan_steps(args, 0, None)
+    with pytest.raises(ValueError, match="minutes is nan: give a positive number"):
+        plan_steps(args, math.nan, None)
     plateau = quick_arguments(
         tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch"
     )
