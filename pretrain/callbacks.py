@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -350,19 +351,19 @@ class Throughput(StepClock):
     The time of evaluations, of saving and of logging does not count.
 
     Args:
-        tokens_per_step: tokens that all processes see in one optimizer step; without it they are
-            read off TRL's `num_tokens`, and there is no MFU.
+        count_tokens: gives the tokens that all processes have seen so far, since this one began;
+            without it they are read off TRL's `num_tokens`.
         flops_per_token: of `pretrain.costs`, for the MFU.
     """
 
     def __init__(
         self,
-        tokens_per_step: int | None = None,
+        count_tokens: Callable[[], int] | None = None,
         flops_per_token: int | None = None,
         clock=time.perf_counter,
     ):
         super().__init__(clock)
-        self.tokens_per_step = tokens_per_step
+        self.count_tokens = count_tokens
         self.flops_per_token = flops_per_token
         self.peak_flops_per_second: float | None = None  # of one process's device
         self.last: tuple[float | None, float] = (0, 0.0)
@@ -374,16 +375,13 @@ class Throughput(StepClock):
             dtype = torch.bfloat16 if args.bf16 else half
             self.peak_flops_per_second = peak_flops(args.device, dtype)
         super().on_train_begin(args, state, control, **kwargs)
-        tokens = (self.tokens_per_step or 0) * state.global_step
-        resumed = self.tokens_per_step is None and state.global_step
-        self.last = (None if resumed else tokens, 0.0)
+        tokens = self.count_tokens() if self.count_tokens else None if state.global_step else 0
+        self.last = (tokens, 0.0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """tokens/s of the steps since the last log."""
         if logs is not None and "loss" in logs:
-            tokens = logs.get("num_tokens")
-            if self.tokens_per_step:
-                tokens = state.global_step * self.tokens_per_step
+            tokens = self.count_tokens() if self.count_tokens else logs.get("num_tokens")
             before, seconds = self.last[0], self.steps_s - self.last[1]
             if None not in (before, tokens) and seconds > 0:
                 logs["tokens_per_second"] = (tokens - before) / seconds

@@ -78,12 +78,15 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.optimizer_name = optimizer_name
         self.loss_guard = loss_guard
+        self.tokens_seen = 0  # by all processes, since this one began
         self.add_callback(loss_guard)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """The model's own loss; in training the guard looks at it."""
+        """The model's own loss; in training the guard looks at it, and the tokens are counted."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if model.training:
+            # An epoch's last batch is a smaller one, and all are where the data does not fill any.
+            self.tokens_seen += inputs["input_ids"].numel() * self.args.world_size
             step = self.state.global_step + 1
             self.loss_guard.see(self.model, loss, inputs["input_ids"], step)
         return loss
@@ -160,12 +163,10 @@ def watch_pretraining(trainer: PretrainTrainer, args: PretrainArguments) -> Thro
     Returns:
         What measures the speed: it knows a token's FLOPs, and the peak once training has begun.
     """
-    training_args, tokenizer = trainer.args, trainer.processing_class
+    tokenizer = trainer.processing_class
     context = len(trainer.train_dataset[0]["input_ids"])
-    tokens_per_step = training_args.train_batch_size * training_args.world_size
-    tokens_per_step *= training_args.gradient_accumulation_steps * context
     cost = flops_per_token(trainer.model.config, context)
-    throughput = Throughput(tokens_per_step, cost)
+    throughput = Throughput(lambda: trainer.tokens_seen, cost)
     callbacks = [HeldOut(trainer.eval_dataset, tokenizer), Samples(trainer, tokenizer), throughput]
     if args.minutes is not None:
         callbacks.append(Budget(args.minutes))  # the last: an evaluation's time has its samples

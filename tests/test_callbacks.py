@@ -83,7 +83,7 @@ def test_known_cards_have_their_data_sheets_peak(monkeypatch, name, peak):
 def test_throughput_leaves_out_evaluations_and_saves(tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.callbacks.peak_flops", lambda device, dtype: 4000.0)
     clock, state, args = Clock(), TrainerState(), quick_arguments(tmp_path)
-    throughput = Throughput(tokens_per_step=100, flops_per_token=8, clock=clock)
+    throughput = Throughput(lambda: 100 * state.global_step, flops_per_token=8, clock=clock)
     throughput.on_train_begin(args, state, None)
     for step in (1, 2, 3):
         clock.now += 0.5
@@ -101,6 +101,23 @@ def test_throughput_leaves_out_evaluations_and_saves(tmp_path, monkeypatch):
     held_out = {"eval_loss": 1.0}
     throughput.on_log(args, state, None, logs=held_out)
     assert held_out == {"eval_loss": 1.0}
+
+
+@pytest.mark.parametrize("spare", [-500, 1])
+def test_the_tokens_of_smaller_batches_are_those_that_are_there(
+    prepared_dir, tmp_path, monkeypatch, spare
+):
+    counts = []
+
+    def make_throughput(count_tokens, cost):
+        counts.append(count_tokens)
+        return Throughput(count_tokens, cost)
+
+    monkeypatch.setattr("pretrain.train.Throughput", make_throughput)
+    rows = len(load_blocks(prepared_dir, "train"))
+    size = {"per_device_train_batch_size": rows - spare, "max_steps": 3, "save_strategy": "no"}
+    pretrain(prepared_dir, tmp_path, **size)
+    assert counts[0]() == 32 * (3 * rows if spare < 0 else 2 * (rows - 1) + 1)
 
 
 def test_throughput_of_trl_trainers_is_read_off_their_token_count(tmp_path):
