@@ -77,14 +77,23 @@ def set_up_process(training_args: TrainingArguments | None = None) -> None:
     """What every stage does first: quiet logs, kept memory; where it trains, processes that meet.
 
     Raises:
-        ValueError: the launcher started another number of processes than the trainer sees.
+        ValueError: the launcher started another number of processes than the trainer sees, or fp16
+            was asked for on a CPU.
     """
     quiet_logs()
     keep_freed_memory()
     if training_args is not None:
         stages.check_world_size(training_args.world_size)  # asking makes the processes meet
         join_deepspeed(training_args)
+        refuse_fp16_on_cpu(training_args)
         atexit.register(leave_processes)
+
+
+def refuse_fp16_on_cpu(training_args: TrainingArguments) -> None:
+    """Raise a ValueError: accelerate would compute in fp32 there, without a word."""
+    is_cpu = training_args.device.type == "cpu" and training_args.deepspeed_plugin is None
+    if training_args.fp16 and is_cpu:
+        raise ValueError("fp16 needs a GPU: on this CPU use bf16 or fp32 (--fp16 false)")
 
 
 def join_deepspeed(training_args: TrainingArguments) -> None:

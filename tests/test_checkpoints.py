@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 import stages
 from pretrain.data import PackedCollator, load_blocks
-from pretrain.hardware import choose_attention, training_defaults
+from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.prepare import PrepareArguments
 from pretrain.prepare import main as prepare
@@ -200,6 +200,12 @@ def test_checkpointing_gives_the_same_gradients(model_type, data_dir, tokenizer)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, fp16=True, report_to=[])
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        set_up_process(args)
 
 
 @pytest.mark.parametrize(
