@@ -67,8 +67,16 @@ class PretrainArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.config_overrides, str):
-            self.config_overrides = json.loads(self.config_overrides)
+        given = self.config_overrides
+        if isinstance(given, str):
+            try:
+                self.config_overrides = json.loads(given)
+            except ValueError as error:
+                raise ValueError(f"config_overrides {given!r} is not JSON: {error}") from None
+        if not isinstance(self.config_overrides, dict | None):
+            raise ValueError(f"config_overrides {given!r} are no sizes: write {{name: number}}")
+        if self.eval_documents < 1:
+            raise ValueError(f"eval_documents is {self.eval_documents}: eval.json needs some")
 
 
 class PretrainTrainer(Trainer):

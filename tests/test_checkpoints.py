@@ -202,6 +202,19 @@ def test_checkpointing_gives_the_same_gradients(model_type, data_dir, tokenizer)
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"config_overrides": "{n_layer: 2}"}, "config_overrides '{n_layer: 2}' is not JSON"),
+        ({"config_overrides": "[2]"}, r"config_overrides '\[2\]' are no sizes: write {name: num"),
+        ({"eval_documents": 0}, "eval_documents is 0"),  # said before it trains, not afterwards
+    ],
+)
+def test_arguments_that_cannot_be_right_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainArguments(**given)
+
+
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, fp16=True, report_to=[])
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
