@@ -17,6 +17,7 @@ def make_optimizer(
     learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """Make an optimizer with its parameter groups.
 
@@ -45,10 +46,10 @@ def make_optimizer(
         {"params": others, "weight_decay": 0.0, "use_muon": False},
     ]
     if name == "muon":
-        return Muon(groups, lr=learning_rate, betas=betas)
+        return Muon(groups, lr=learning_rate, betas=betas, eps=eps)
     for group in groups:
         del group["use_muon"]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
 class Muon(torch.optim.Optimizer):

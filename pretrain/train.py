@@ -103,10 +103,13 @@ class PretrainTrainer(Trainer):
         """AdamW or Muon over the model's parameters.
 
         Raises:
-            ValueError: Muon under DeepSpeed, whose ZeRO flattens the matrices that Muon needs.
+            ValueError: Muon under DeepSpeed, whose ZeRO flattens the matrices that Muon needs; or
+                transformers' own `optim`, which would be ignored.
         """
         if self.optimizer is None:
             args = self.args
+            if args.optim not in (TrainingArguments.optim, "adamw_torch"):
+                raise ValueError(f"optim is {args.optim.value}: here it is --optimizer muon, adamw")
             if self.optimizer_name == "muon" and self.is_deepspeed_enabled:
                 raise ValueError("ZeRO flattens the matrices that Muon needs: --optimizer adamw")
             self.optimizer = make_optimizer(
@@ -115,6 +118,7 @@ class PretrainTrainer(Trainer):
                 args.learning_rate,
                 args.weight_decay,
                 (args.adam_beta1, args.adam_beta2),
+                args.adam_epsilon,
             )
         return self.optimizer
 

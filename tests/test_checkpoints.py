@@ -215,6 +215,15 @@ def test_arguments_that_cannot_be_right_are_refused(given, message):
         PretrainArguments(**given)
 
 
+def test_settings_of_the_optimizer_count(monkeypatch, data_dir, tmp_path):
+    sizes = ("--config_overrides", '{"n_layer": 1, "n_embd": 32, "n_head": 2}')
+    plain = train(monkeypatch, data_dir, tmp_path / "plain", *sizes)
+    slow = train(monkeypatch, data_dir, tmp_path / "slow", *sizes, "--adam_epsilon", "1e6")
+    assert plain[0] == slow[0] and plain[-1] < slow[-1] - 0.02, (plain, slow)
+    with pytest.raises(ValueError, match="optim is sgd: here it is --optimizer"):
+        train(monkeypatch, data_dir, tmp_path / "sgd", *sizes, "--optim", "sgd")
+
+
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, fp16=True, report_to=[])
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
