@@ -244,6 +244,8 @@ def start_run(
     wait_for_all_processes()  # everybody has read run.json before it is replaced
     if is_main_process():
         directory.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            _say_what_is_lost(directory, before, record)
         _clear(directory, checkpoint)
         if checkpoint is not None:
             print(f"{stage}: an interrupted run goes on from {checkpoint}")
@@ -253,6 +255,19 @@ def start_run(
             record["earlier_s"] = before.get("earlier_s", 0) + max(earlier_s, 0)
         write_json(directory / "run.json", record)
     return Run(directory, record, checkpoint)
+
+
+def _say_what_is_lost(directory: Path, before: dict[str, Any], record: dict[str, Any]) -> None:
+    """Print why an interrupted run with checkpoints does not go on, and what is removed."""
+    whole = list_checkpoints(directory)
+    if not whole or not before or before["finished"]:
+        return
+    made, now = before["fingerprint"], record["fingerprint"]
+    other = [name.removesuffix("_sha256") for name in now if made.get(name) != now[name]]
+    print(
+        f"{record['stage']}: {directory} held an interrupted run with other {', '.join(other)}: "
+        f"this one starts over, {whole[-1].name} is removed"
+    )
 
 
 def _rehearse(record: dict[str, Any], arguments: Sequence[Any]) -> Run:

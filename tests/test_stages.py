@@ -162,7 +162,7 @@ def names(out):
     return sorted(path.name for path in out.glob("checkpoint-*"))
 
 
-def test_an_interrupted_run_goes_on_only_when_nothing_changed(tmp_path, words):
+def test_an_interrupted_run_goes_on_only_when_nothing_changed(tmp_path, words, capsys):
     out = tmp_path / "sft"
     words("--seed", "1")
     assert stages.start_run("sft", out, []).checkpoint is None
@@ -178,6 +178,10 @@ def test_an_interrupted_run_goes_on_only_when_nothing_changed(tmp_path, words):
     words("--seed", "2")
     assert stages.start_run("sft", out, []).checkpoint is None
     assert not names(out), "another run's checkpoints must not be taken later"
+    said = "sft held an interrupted run with other arguments: this one starts over, checkpoint-10"
+    assert f"{said} is removed" in capsys.readouterr().out
+    assert stages.start_run("sft", out, []).checkpoint is None
+    assert not capsys.readouterr().out, "there was nothing to lose"
 
 
 @dataclasses.dataclass
