@@ -104,9 +104,17 @@ class WholeCheckpoints(TrainerCallback):
     Args:
         trainer: whose checkpoints they are.
         checkpoint: where the run goes on from.
+
+    Raises:
+        ValueError: `save_only_model`, with which no run goes on as it was.
     """
 
     def __init__(self, trainer: Trainer, checkpoint: str | None):
+        if trainer.args.save_only_model:
+            raise ValueError(
+                "save_only_model: the optimizer's states would be missing in the checkpoints, and "
+                "an interrupted run would go on with new ones; set it to false"
+            )
         self.trainer = trainer
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self.has_ended = checkpoint is not None and ended_early(checkpoint)

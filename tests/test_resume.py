@@ -196,6 +196,13 @@ def test_a_damaged_save_fails_the_run(tmp_path, monkeypatch):
     assert not stages.is_whole(tmp_path / "checkpoint-5")
 
 
+def test_checkpoints_without_the_optimizer_are_refused(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=1, vocab_size=8))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_only_model=True)
+    with pytest.raises(ValueError, match="save_only_model: the optimizer's states would be miss"):
+        WholeCheckpoints(Trainer(model=model, args=args), None)
+
+
 def test_older_checkpoints_go_when_the_new_one_is_whole_and_the_best_stays(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=1, vocab_size=8))
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_total_limit=1)
