@@ -236,11 +236,17 @@ def make_config(args: PretrainArguments, vocab_size: int, block_size: int, speci
         special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
 
     Raises:
-        ValueError: a key of `config_overrides` that the architecture's config does not have.
+        ValueError: an architecture of another kind, a key of `config_overrides` that its config
+            does not have, or heads that do not share keys evenly.
     """
     known = AutoConfig.for_model(args.model_type)
     names = known.attribute_map  # GPT-2 says n_positions for max_position_embeddings
     overrides = {names.get(key, key): value for key, value in (args.config_overrides or {}).items()}
+    if not all(hasattr(known, key) for key in ("num_attention_heads", "max_position_embeddings")):
+        raise ValueError(
+            f"model_type {args.model_type} is no decoder with attention and a context, such as "
+            "gpt2, llama, qwen3"
+        )
     unknown = [key for key in overrides if not hasattr(known, key)]
     if unknown:
         raise ValueError(
@@ -251,7 +257,14 @@ def make_config(args: PretrainArguments, vocab_size: int, block_size: int, speci
     # Few epochs over much text: dropout would only slow it down.
     sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     sizes = {names.get(key, key): value for key, value in sizes.items() if hasattr(known, key)}
-    return AutoConfig.for_model(args.model_type, **special, **(sizes | overrides))
+    config = AutoConfig.for_model(args.model_type, **special, **(sizes | overrides))
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if groups and heads % groups:
+        raise ValueError(
+            f"num_attention_heads is {heads}, no multiple of num_key_value_heads {groups}: set "
+            "both in config_overrides"
+        )
+    return config
 
 
 def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:

@@ -258,6 +258,18 @@ def test_a_size_that_the_architecture_does_not_have_is_refused():
         make_config(args, vocab_size=500, block_size=64, special={})
 
 
+def test_heads_that_cannot_share_keys_are_refused():
+    """qwen3 has 32 key-value heads where the recipe is silent, llama as many as there are heads."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    args = PretrainArguments(model_type="llama", config_overrides=sizes)
+    assert make_config(args, 500, 64, {}).num_key_value_heads == 2
+    args = PretrainArguments(model_type="qwen3", config_overrides=sizes)
+    with pytest.raises(ValueError, match="is 2, no multiple of num_key_value_heads 32: set both"):
+        make_config(args, 500, 64, {})
+    with pytest.raises(ValueError, match="model_type mamba is no decoder with attention"):
+        make_config(PretrainArguments(model_type="mamba"), 500, 64, {})
+
+
 @pytest.mark.parametrize(
     ("gpu", "bf16", "expected"),
     [
