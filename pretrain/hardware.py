@@ -31,6 +31,7 @@ def training_defaults() -> dict:
         "dataloader_pin_memory": gpu,
         "report_to": ["tensorboard"] if is_tensorboard_available() else [],
         "disable_tqdm": not sys.stderr.isatty(),
+        "log_level_replica": "passive",  # else all processes but the first print warnings
         "logging_nan_inf_filter": False,  # it would replace a NaN loss by a number
         "save_total_limit": 1,
         "warmup_steps": 0.05,

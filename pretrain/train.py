@@ -285,6 +285,7 @@ def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
 
 
 if __name__ == "__main__":
+    # Every parameter is used in every step: DDP need not search for those that are not.
+    defaults = training_defaults() | {"ddp_find_unused_parameters": False}
     with stages.plain_errors():
-        classes = [PretrainArguments, TrainingArguments]
-        main(*stages.parse_args(classes, defaults=training_defaults()))
+        main(*stages.parse_args([PretrainArguments, TrainingArguments], defaults=defaults))

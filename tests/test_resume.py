@@ -119,8 +119,11 @@ def test_a_run_killed_in_its_final_saving_is_repaired(finished, blocks_dir):
 )
 def test_the_division_of_a_batch_does_not_matter(finished, blocks_dir, tmp_path, ranks, division):
     divided = tmp_path / "divided"
-    pretrain(blocks_dir, divided, ranks, **EXACT | division).finish()
+    process = pretrain(blocks_dir, divided, ranks, **EXACT | division)
+    process.finish()
     assert_close(finished, divided)
+    for noise in ("[transformers]", "find_unused_parameters"):
+        assert noise not in process.output(), "each process prints, or DDP searches at each step"
 
 
 def test_a_run_goes_on_with_other_processes(finished, blocks_dir, tmp_path):
