@@ -22,10 +22,27 @@ def load_blocks(data_dir: str | os.PathLike, split: str) -> Dataset:
 
 def unpack_documents(blocks: Dataset, tokenizer, limit: int) -> list[str]:
     """The text of the first `limit` documents of packed blocks; the last of all may be cut."""
-    ids = [token for block in blocks["input_ids"] for token in block.tolist()]
-    starts = [i for i, token in enumerate(ids) if token == tokenizer.bos_token_id]
+    whole = torch.cat(list(blocks["input_ids"]))
+    ids = whole.tolist()
+    starts = find_starts(whole, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    starts = starts.nonzero().flatten().tolist()
     documents = (ids[start:end] for start, end in pairwise([*starts, len(ids)]))
     return tokenizer.batch_decode(list(islice(documents, limit)), skip_special_tokens=True)
+
+
+def find_starts(
+    input_ids: torch.Tensor, bos_token_id: int, eos_token_id: int | None = None
+) -> torch.Tensor:
+    """Where documents begin in packed ids (..., T); bool of the same shape.
+
+    GPT-2's own tokenizer has one token for both ends: it begins a document where it follows itself.
+    """
+    starts = input_ids == bos_token_id
+    if bos_token_id != eos_token_id:
+        return starts
+    follows = starts.roll(1, dims=-1)
+    follows[..., 0] = True
+    return starts & follows
 
 
 class PackedCollator:
@@ -37,13 +54,13 @@ class PackedCollator:
     and transformers' Trainer, which divides by the number of labels, would count it.
     """
 
-    def __init__(self, bos_token_id: int):
-        self.bos_token_id = bos_token_id
+    def __init__(self, bos_token_id: int, eos_token_id: int | None = None):
+        self.ends = bos_token_id, eos_token_id
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Rows of `input_ids` (T,) -> `input_ids`, `position_ids`, `labels`, each (B, T) int64."""
         input_ids = torch.stack([row["input_ids"] for row in rows]).long()
-        starts = input_ids == self.bos_token_id
+        starts = find_starts(input_ids, *self.ends)
         index = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         last_start = torch.where(starts, index, 0).cummax(dim=1).values
         return {

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from pretrain.callbacks import LogFile, say
+from pretrain.data import PackedCollator
 from pretrain.sample import SAMPLE_PROMPTS, continue_text
 
 SAMPLE_TOKENS = 40
@@ -47,9 +48,10 @@ def count_predicted(blocks: Dataset, tokenizer) -> tuple[int, int]:
     The first token of a block and every <bos> are not predicted. A character that a block's edge
     cuts counts as one byte.
     """
-    tokens = size = 0
+    collate, tokens, size = PackedCollator(tokenizer.bos_token_id, tokenizer.eos_token_id), 0, 0
     for ids in blocks["input_ids"]:
-        predicted = [i for i in ids[1:].tolist() if i != tokenizer.bos_token_id]
+        labels = collate([{"input_ids": ids}])["labels"]
+        predicted = labels[labels != -100].tolist()
         text = tokenizer.decode(predicted, skip_special_tokens=True)
         tokens += len(predicted)
         size += len(text.encode()) - 2 * text.count("\N{REPLACEMENT CHARACTER}")

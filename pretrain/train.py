@@ -145,7 +145,7 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
         args=training_args,
         train_dataset=train,
         eval_dataset=validation.select(range(min(len(validation), 64))),
-        data_collator=PackedCollator(tokenizer.bos_token_id),
+        data_collator=PackedCollator(tokenizer.bos_token_id, tokenizer.eos_token_id),
         processing_class=tokenizer,
         optimizer_name=args.optimizer,
         loss_guard=LossGuard(args.data_dir, train),

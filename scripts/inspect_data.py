@@ -104,7 +104,7 @@ def look_at_blocks(view: View, shown: int, args: Any, *_: Any) -> None:
     directory = args.output_dir if view.stage == "prepare" else args.data_dir
     tokenizer = load_tokenizer(directory, "train-*.parquet", "tokenizer.json")
     blocks = load_blocks(directory, "train")
-    collate = PackedCollator(tokenizer.bos_token_id)
+    collate = PackedCollator(tokenizer.bos_token_id, tokenizer.eos_token_id)
     view.limit = len(blocks[0]["input_ids"])
     view.notes.append(f"{len(blocks):,} blocks; no token sees another document than its own")
     sequences = []

@@ -20,6 +20,20 @@ def test_collator_restarts_positions_and_masks_bos():
     assert batch["labels"].tolist() == [[-100, 8, 3, -100, 9, 9, 3, -100]]
 
 
+def test_where_one_token_is_both_ends_the_end_is_learned():
+    """GPT-2's own tokenizer: the first of two begins a block, or ends what the last one began."""
+    rows = [{"input_ids": torch.tensor(ids)} for ids in ([0, 8, 9, 0, 0, 7, 6, 0], [9, 0, 0, 7])]
+    for row, positions, labels in zip(
+        rows,
+        ([0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1]),
+        ([-100, 8, 9, 0, -100, 7, 6, 0], [-100, 0, -100, 7]),
+        strict=True,
+    ):
+        batch = PackedCollator(bos_token_id=0, eos_token_id=0)([row])
+        assert batch["position_ids"].tolist() == [positions]
+        assert batch["labels"].tolist() == [labels]
+
+
 def test_whole_documents_come_back_from_blocks(tokenizer, tmp_path):
     documents = [f"Document {i}. 小河。" for i in range(9)]
     write_blocks(tmp_path / "train-00000", tokenizer, documents, 16)
