@@ -75,9 +75,9 @@ def main(args: PrepareArguments) -> None:
     data_files = [*parse_shares(args.data_files), *args.validation_files, *args.evaluation_files]
     run = stages.start_run("prepare", args.output_dir, [args], [args.tokenizer], data_files)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer.save_pretrained(args.output_dir)
     if run.scratch is not None:
         run.end_dry_run(entries=len(tokenizer), first_documents=encode_firsts(args, tokenizer))
-    tokenizer.save_pretrained(args.output_dir)
     identity = identify(args, run.record["fingerprint"]["data"])
     parts = open_parts(Path(args.output_dir), identity)
     encoding, meta = describe_encoding(args, tokenizer, parts)
@@ -163,7 +163,7 @@ def encode_firsts(args: PrepareArguments, tokenizer: Any) -> str:
             raise ValueError(f"{list(names)}: no document, all rows are without text")
         firsts += found
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoded = encode(firsts, Encoding(f"{args.tokenizer}/tokenizer.json", *ends))
+    encoded = encode(firsts, Encoding(f"{args.output_dir}/tokenizer.json", *ends))
     return f"{encoded.lengths.tolist()} tokens"
 
 
@@ -181,7 +181,8 @@ def describe_encoding(
     """What each process has to know to clean and encode, and what meta.json says of it."""
     cleaning = {f.name: getattr(args, f.name) for f in dataclasses.fields(CleaningArguments)}
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id
-    encoding = Encoding(f"{args.tokenizer}/tokenizer.json", *ends, json.dumps(cleaning))
+    file = f"{args.output_dir}/tokenizer.json"  # saved there; `args.tokenizer` may be a Hub name
+    encoding = Encoding(file, *ends, json.dumps(cleaning))
     meta: dict[str, Any] = {"encoder": name_encoder(encoding)}
     if not args.evaluation_files:
         return encoding, meta

@@ -190,13 +190,13 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
     """A new model of the recipe's sizes, or an existing one, with its vocabulary checked.
 
     Raises:
-        ValueError: the model's vocabulary is smaller than the tokenizer's, its context shorter
-            than a block, or its checkpoint lacks weights.
+        ValueError: the model's vocabulary is smaller than the tokenizer's or another one, its
+            context shorter than a block, or its checkpoint lacks weights.
     """
     family = GPT2LMHeadModel if args.model_type == "gpt2" else AutoModelForCausalLM
     if args.model_name_or_path:
         stages.require_input(args.model_name_or_path, "config.json")
-        stages.require_same_tokenizer(args.data_dir, args.model_name_or_path)
+        check_vocabulary(args, tokenizer)
         model, loaded = family.from_pretrained(
             args.model_name_or_path,
             dtype=torch.float32,
@@ -227,6 +227,21 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
             f"{model.config.max_position_embeddings}"
         )
     return model
+
+
+def check_vocabulary(args: PretrainArguments, tokenizer) -> None:
+    """Raise a ValueError where the model came with another tokenizer than the data's.
+
+    Vocabularies are compared, not files: transformers writes somebody else's file in its own way.
+    """
+    name, directory = args.model_name_or_path, Path(args.model_name_or_path)
+    if directory.is_dir() and not (directory / "tokenizer.json").is_file():
+        return  # weights alone
+    if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{name} and {args.data_dir} have other tokenizers: their ids mean different text. "
+            f"Make the data with: python -m pretrain.prepare --tokenizer {name} ..."
+        )
 
 
 def make_config(args: PretrainArguments, vocab_size: int, block_size: int, special: dict):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import SENTENCES
@@ -38,17 +39,22 @@ torch.save(model(torch.arange(10, 40)[None]).logits, sys.argv[2])
 def data_dir(tokenizer, tmp_path_factory):
     """Packed blocks of 64 tokens, several documents in each."""
     folder = tmp_path_factory.mktemp("data")
-    rows = (json.dumps({"text": text}, ensure_ascii=False) for text in SENTENCES * 40)
-    (folder / "text.jsonl").write_text("\n".join(rows), encoding="utf-8")
     tokenizer.save_pretrained(folder / "tokenizer")
-    files, words = [str(folder / "text.jsonl")], sys.argv
+    return make_blocks(folder / "prepare", folder / "tokenizer")
+
+
+def make_blocks(directory, tokenizer):
+    """Run pretrain.prepare with a tokenizer's directory or name."""
+    rows = (json.dumps({"text": text}, ensure_ascii=False) for text in SENTENCES * 40)
+    text, words = directory.with_suffix(".jsonl"), sys.argv
+    text.write_text("\n".join(rows), encoding="utf-8")
     sys.argv = ["prepare"]
+    files = [str(text)]
     prepare(PrepareArguments(
-        files, files, tokenizer=str(folder / "tokenizer"), output_dir=str(folder / "prepare"),
-        block_size=64,
+        files, files, tokenizer=str(tokenizer), output_dir=str(directory), block_size=64,
     ))  # fmt: skip
     sys.argv = words
-    return folder / "prepare"
+    return directory
 
 
 def train(monkeypatch, data_dir, output_dir, *words):
@@ -123,6 +129,38 @@ def test_a_gpt2_checkpoint_trains_further_and_stays_native(
     with torch.no_grad():
         expected = ours(torch.arange(10, 40)[None]).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["local", "they/gpt2"])
+def test_a_model_with_its_own_tokenizer_trains_further(
+    name, monkeypatch, data_dir, tiny_config, tokenizer, tmp_path
+):
+    """From a directory or from the Hub; the tokenizer's file is older than this transformers."""
+    folder = tmp_path / "hub/models--they--gpt2/snapshots" / ("0" * 40)
+    if name == "local":
+        folder = name = tmp_path / "local"
+    write_checkpoint(folder, tiny_config, tokenizer, "hub")
+    file = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(file), encoding="utf-8")
+    (tmp_path / "hub/models--they--gpt2/refs").mkdir(parents=True)
+    (tmp_path / "hub/models--they--gpt2/refs/main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    blocks = make_blocks(tmp_path / "blocks", name)
+    for shard in data_dir.glob("*.parquet"):
+        assert shard.read_bytes() == (blocks / shard.name).read_bytes()
+    train(monkeypatch, blocks, tmp_path / "more", "--model_name_or_path", str(name))
+    stages.require_input(tmp_path / "more", "tokenizer.json")
+
+
+def test_a_model_with_another_tokenizer_is_refused(data_dir, tiny_config, tokenizer, tmp_path):
+    write_checkpoint(tmp_path / "gpt2", tiny_config, tokenizer, "today")
+    file = (tmp_path / "gpt2/tokenizer.json").read_text(encoding="utf-8")
+    swapped = file.replace('"a":', '"?":').replace('"b":', '"a":').replace('"?":', '"b":')
+    (tmp_path / "gpt2/tokenizer.json").write_text(swapped, encoding="utf-8")
+    args = PretrainArguments(str(data_dir), model_name_or_path=str(tmp_path / "gpt2"))
+    with pytest.raises(ValueError, match="other tokenizers: their ids mean different text"):
+        load_model(args, tokenizer, block_size=64)
 
 
 @pytest.mark.parametrize(

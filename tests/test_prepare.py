@@ -257,7 +257,8 @@ def test_a_dry_run_reads_as_the_run_does(tokenizer, tokenizer_dir, tmp_path):
     def first(content, **settings):
         (tmp_path / "x.jsonl").write_text(content, encoding="utf-8")
         files = {"data_files": [str(tmp_path / "x.jsonl")]} | settings
-        args = prepare.PrepareArguments(tokenizer=str(tokenizer_dir), **files)
+        folder = str(tokenizer_dir)  # where `main` has saved it
+        args = prepare.PrepareArguments(tokenizer=folder, output_dir=folder, **files)
         prepare.check_arguments(args)
         return prepare.encode_firsts(args, tokenizer)
 
