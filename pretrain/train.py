@@ -53,7 +53,8 @@ class PretrainArguments:
         default=None, metadata={"help": "sizes, in the names of the architecture's config (JSON)"}
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "go on from these weights instead of new ones"}
+        default=None,
+        metadata={"help": "go on from these weights, of any architecture, instead of new ones"},
     )
     optimizer: str = field(default="muon", metadata={"help": "muon or adamw"})
     eval_documents: int = field(
@@ -193,10 +194,13 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
         ValueError: the model's vocabulary is smaller than the tokenizer's or another one, its
             context shorter than a block, or its checkpoint lacks weights.
     """
-    family = GPT2LMHeadModel if args.model_type == "gpt2" else AutoModelForCausalLM
     if args.model_name_or_path:
         stages.require_input(args.model_name_or_path, "config.json")
         check_vocabulary(args, tokenizer)
+        model_type = AutoConfig.from_pretrained(args.model_name_or_path).model_type
+        family = GPT2LMHeadModel if model_type == "gpt2" else AutoModelForCausalLM
+        if args.config_overrides and stages.is_main_process():
+            print(f"pretrain: {args.model_name_or_path} has its sizes, not config_overrides")
         model, loaded = family.from_pretrained(
             args.model_name_or_path,
             dtype=torch.float32,
@@ -214,7 +218,8 @@ def load_model(args: PretrainArguments, tokenizer, block_size: int):
             f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")
         }
         config = make_config(args, len(tokenizer), block_size, special)
-        make = GPT2LMHeadModel._from_config if args.model_type == "gpt2" else family.from_config
+        is_gpt2 = args.model_type == "gpt2"
+        make = GPT2LMHeadModel._from_config if is_gpt2 else AutoModelForCausalLM.from_config
         model = make(config, attn_implementation=choose_attention())
         model.generation_config = GenerationConfig(**special)
     if model.config.vocab_size < len(tokenizer):

@@ -192,7 +192,7 @@ def test_other_architectures_pretrain_and_save_native_files(
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 0.5, losses
     config = json.loads((output_dir / "config.json").read_text())
     assert config["model_type"] == model_type and "resid_pdrop" not in config
-    args = PretrainArguments(str(data_dir), model_type, model_name_or_path=str(output_dir))
+    args = PretrainArguments(str(data_dir), model_name_or_path=str(output_dir))  # knows its type
     ours = load_model(args, tokenizer, block_size=64).eval()
     assert ours.config._attn_implementation == choose_attention()
     logits, (module, _) = load_alone(output_dir, tmp_path)
