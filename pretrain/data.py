@@ -52,10 +52,13 @@ class PackedCollator:
     document gets the logits it would get alone. <bos> itself is never a label, since nothing of
     its own document precedes it; nor is a block's first token, since nothing precedes it at all
     and transformers' Trainer, which divides by the number of labels, would count it.
+
+    Args:
+        lengths: add `cu_seq_lens_q` and `max_length_q`, which `pretrain.attention` explains.
     """
 
-    def __init__(self, bos_token_id: int, eos_token_id: int | None = None):
-        self.ends = bos_token_id, eos_token_id
+    def __init__(self, bos_token_id: int, eos_token_id: int | None = None, lengths: bool = False):
+        self.ends, self.lengths = (bos_token_id, eos_token_id), lengths
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Rows of `input_ids` (T,) -> `input_ids`, `position_ids`, `labels`, each (B, T) int64."""
@@ -63,8 +66,15 @@ class PackedCollator:
         starts = find_starts(input_ids, *self.ends)
         index = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         last_start = torch.where(starts, index, 0).cummax(dim=1).values
-        return {
+        position_ids = index - last_start
+        batch = {
             "input_ids": input_ids,
-            "position_ids": index - last_start,
+            "position_ids": position_ids,
             "labels": input_ids.masked_fill(starts | (index == 0), -100),
         }
+        if self.lengths:
+            firsts = (position_ids.flatten() == 0).nonzero().flatten()
+            ends = torch.cat([firsts, torch.tensor([input_ids.numel()])])
+            batch["cu_seq_lens_q"] = ends.int()
+            batch["max_length_q"] = int(ends.diff().max())
+        return batch

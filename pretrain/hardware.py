@@ -6,8 +6,10 @@ capability, and can still be overridden by a flag.
 
 import atexit
 import ctypes
+import importlib.util
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 import stages
-from pretrain.attention import BLOCKWISE
+from pretrain.attention import BLOCKWISE, PACKED
 
 
 def training_defaults() -> dict:
@@ -50,8 +52,21 @@ def supports_bf16() -> bool:
 
 
 def choose_attention() -> str:
-    """The fastest attention here: blocks of plain products on a CPU, else torch's kernel."""
-    return BLOCKWISE if training_defaults()["use_cpu"] else "sdpa"
+    """The fastest attention here: `pretrain.attention`'s, or transformers' "sdpa"."""
+    if training_defaults()["use_cpu"]:
+        return BLOCKWISE
+    ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return PACKED if ampere and torch.version.hip is None else "sdpa"
+
+
+def can_compile() -> bool:
+    """Whether torch.compile makes GPU kernels here: it needs Triton and a C compiler.
+
+    On CPUs it did not pay (docs/pretraining.md).
+    """
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (7, 0)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return gpu and importlib.util.find_spec("triton") is not None and compiler is not None
 
 
 def measure_memory() -> int:

@@ -211,7 +211,9 @@ class GPT2Model(GPT2PreTrainedModel):
         )
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         for block in self.h:
-            hidden_states = block(hidden_states, past_key_values, causal_mask, **kwargs)
+            hidden_states = block(
+                hidden_states, past_key_values, causal_mask, position_ids=position_ids, **kwargs
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.ln_f(hidden_states),
             past_key_values=past_key_values if use_cache else None,
@@ -261,6 +263,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, torch.Tensor):

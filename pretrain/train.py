@@ -27,13 +27,20 @@ from transformers import (
 )
 
 import stages
+from pretrain.attention import PACKED
 from pretrain.budget import Budget, plan_steps
 from pretrain.callbacks import Throughput, watch
 from pretrain.checkpoints import save_model, train_or_resume
 from pretrain.costs import flops_per_token
 from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import evaluate_language_model
-from pretrain.hardware import choose_attention, measure_memory, set_up_process, training_defaults
+from pretrain.hardware import (
+    can_compile,
+    choose_attention,
+    measure_memory,
+    set_up_process,
+    training_defaults,
+)
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.monitors import HeldOut, LossGuard, Samples
 from pretrain.optimizer import make_optimizer
@@ -146,7 +153,9 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
         args=training_args,
         train_dataset=train,
         eval_dataset=validation.select(range(min(len(validation), 64))),
-        data_collator=PackedCollator(tokenizer.bos_token_id, tokenizer.eos_token_id),
+        data_collator=PackedCollator(
+            tokenizer.bos_token_id, tokenizer.eos_token_id, lengths=choose_attention() == PACKED
+        ),
         processing_class=tokenizer,
         optimizer_name=args.optimizer,
         loss_guard=LossGuard(args.data_dir, train),
@@ -305,7 +314,9 @@ def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
 
 
 if __name__ == "__main__":
-    # Every parameter is used in every step: DDP need not search for those that are not.
-    defaults = training_defaults() | {"ddp_find_unused_parameters": False}
+    # Every parameter is used in every step: DDP need not search for those that are not. All
+    # batches have one shape: what was compiled serves to the end.
+    defaults = {"ddp_find_unused_parameters": False, "torch_compile": can_compile()}
+    defaults = training_defaults() | defaults
     with stages.plain_errors():
         main(*stages.parse_args([PretrainArguments, TrainingArguments], defaults=defaults))

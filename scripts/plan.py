@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 import stages
+from pretrain.attention import PACKED
 from pretrain.hardware import quiet_logs, training_defaults
 from pretrain.plan import (
     Machine,
@@ -44,7 +45,7 @@ def plan_gpus(
     """The plan on `args.gpus` GPUs of one node, with 16 bits and a fused attention kernel."""
     sizes = find_sizes(recipe.data_dir)
     config = make_config(recipe, sizes.vocab_size, sizes.block_size, {})
-    machine = Machine(args.gpus, int(args.memory * 1e9), True, "sdpa")
+    machine = Machine(args.gpus, int(args.memory * 1e9), True, PACKED)
     return make_plan(config, sizes, training_args, recipe.optimizer, machine)
 
 

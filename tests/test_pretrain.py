@@ -1,5 +1,6 @@
 """Packing, collating, optimizers, and the numbers of evaluation."""
 
+import importlib.util
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import write_blocks
 
 from pretrain.data import PackedCollator, load_blocks, unpack_documents
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
-from pretrain.hardware import choose_attention, supports_bf16, training_defaults
+from pretrain.hardware import can_compile, choose_attention, supports_bf16, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.optimizer import make_optimizer, orthogonalize
 
@@ -110,4 +111,22 @@ def test_dtype_and_attention_follow_the_hardware():
     assert training_defaults()["bf16"] == supports_bf16()
     if not torch.cuda.is_available():
         assert supports_bf16() == torch.cpu._is_avx512_bf16_supported()
-    assert choose_attention() == ("blockwise" if training_defaults()["use_cpu"] else "sdpa")
+    if training_defaults()["use_cpu"]:
+        assert choose_attention() == "blockwise" and not can_compile()
+
+
+@pytest.mark.parametrize(
+    ("capability", "attention"), [((8, 0), "packed"), ((7, 5), "sdpa"), ((6, 1), "sdpa")]
+)
+def test_a_gpu_is_used_for_what_it_can(monkeypatch, tmp_path, capability, attention):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choose_attention() == attention
+    assert training_defaults()["bf16"] == (capability >= (8, 0)) != training_defaults()["fp16"]
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").touch()
+    assert not can_compile() or importlib.util.find_spec("triton")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CC", "cc")
+    assert can_compile() == (capability >= (7, 0))
