@@ -8,6 +8,7 @@ Nothing is allocated: models are built on the meta device, where a tensor has a 
     activations Korthikanti et al. 2022, counted anew for what our layers keep for the backward pass
 """
 
+import copy
 import importlib.util
 import re
 import time
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.attention import BLOCKWISE, QUERIES
@@ -54,10 +55,10 @@ class Parameters(NamedTuple):
 
 def build_on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a config, without memory."""
-    family = GPT2LMHeadModel if config.model_type == "gpt2" else AutoModelForCausalLM
-    make = family._from_config if config.model_type == "gpt2" else family.from_config
+    is_gpt2 = config.model_type == "gpt2"
+    family = GPT2LMHeadModel if is_gpt2 else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        model = make(config)
+        model = family(copy.deepcopy(config))  # `from_config` would make shards under ZeRO-3
     model.tie_weights()
     return model
 

@@ -10,9 +10,10 @@ import torch
 from conftest import ROOT
 from processes import PRETRAIN, Processes, free_port
 from safetensors.torch import load_file
-from transformers import GPT2Config
+from transformers import AutoConfig, GPT2Config
 
 import stages
+from pretrain.costs import flops_per_token
 from pretrain.modeling_gpt import GPT2LMHeadModel
 
 pytestmark = pytest.mark.launchers
@@ -122,6 +123,26 @@ def test_two_processes_learn_what_one_learns(alone, settings, launch, config, ze
     done = run(launch(config, settings), **on_cpu)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert_learned_the_same(settings["output_dir"], alone, zero_stage)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3"])
+def test_zero3_makes_each_architecture_and_knows_its_flops(
+    model_type, blocks_dir, tokenizer, tmp_path
+):
+    """New weights: while ZeRO-3 is on, transformers cuts every model that it makes."""
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 16,
+    } if model_type != "gpt2" else {"n_layer": 2, "n_embd": 32, "n_head": 2}  # fmt: skip
+    settings = SETTINGS | QUARTERS | {
+        "data_dir": blocks_dir, "output_dir": tmp_path / "out", "model_type": model_type,
+        "config_overrides": json.dumps(sizes), "max_steps": 2, "eval_strategy": "steps",
+        "eval_steps": 2, "deepspeed": ROOT / "configs/deepspeed/zero3.json",
+    }  # fmt: skip
+    record = Processes("pretrain.train", settings, 2).finish()
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.model_type == model_type
+    assert record["flops_per_token"] == flops_per_token(config, 32)
 
 
 def test_launchers_on_two_nodes_meet_through_the_slurm_template(alone, settings, tmp_path):
