@@ -87,6 +87,11 @@ def check_best_model(args, early_stopping_patience: int | None) -> None:
             f"early_stopping_patience is {early_stopping_patience}, but the run would end with its "
             "last weights: set load_best_model_at_end: true"
         )
+    if early_stopping_patience is not None and early_stopping_patience < 1:
+        raise ValueError(
+            f"early_stopping_patience is {early_stopping_patience}, and a run would end with its "
+            "first step: give 1 evaluation or more, or leave it out"
+        )
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if args.greater_is_better and metric in ("loss", "perplexity", "bits_per_byte"):
         raise ValueError(

@@ -107,6 +107,9 @@ def test_the_best_weights_need_a_checkpoint_of_each_evaluation(tmp_path, tiny_co
     trainer = Trainer(GPT2LMHeadModel(tiny_config), quick_arguments(tmp_path))
     with pytest.raises(ValueError, match="early_stopping_patience is 2.*load_best_model_at_end"):
         watch(trainer, early_stopping_patience=2)
+    trainer.args = quick_arguments(tmp_path, **BEST)
+    with pytest.raises(ValueError, match="early_stopping_patience is 0.*end with its first step"):
+        watch(trainer, early_stopping_patience=0)
     trainer.args = quick_arguments(tmp_path, **BEST | {"save_steps": 4})
     with pytest.raises(ValueError, match="save_steps is 4, eval_steps 2"):
         watch(trainer)
