@@ -20,6 +20,12 @@ def load_blocks(data_dir: str | os.PathLike, split: str) -> Dataset:
     return Dataset(pq.read_table(shards, memory_map=True)).with_format("torch")
 
 
+def spread_blocks(blocks: Dataset, count: int) -> Dataset:
+    """At most so many blocks, from all over: held-out files lie one after the other, unshuffled."""
+    count = min(count, len(blocks))
+    return blocks.select([i * len(blocks) // count for i in range(count)])
+
+
 def unpack_documents(blocks: Dataset, tokenizer, limit: int) -> list[str]:
     """The text of the first `limit` documents of packed blocks; the last of all may be cut."""
     whole = torch.cat(list(blocks["input_ids"]))

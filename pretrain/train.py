@@ -32,7 +32,7 @@ from pretrain.budget import Budget, plan_steps
 from pretrain.callbacks import Throughput, watch
 from pretrain.checkpoints import save_model, train_or_resume
 from pretrain.costs import flops_per_token
-from pretrain.data import PackedCollator, load_blocks, unpack_documents
+from pretrain.data import PackedCollator, load_blocks, spread_blocks, unpack_documents
 from pretrain.eval import evaluate_language_model
 from pretrain.hardware import (
     can_compile,
@@ -152,7 +152,7 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
         model=model,
         args=training_args,
         train_dataset=train,
-        eval_dataset=validation.select(range(min(len(validation), 64))),
+        eval_dataset=spread_blocks(validation, 64),
         data_collator=PackedCollator(
             tokenizer.bos_token_id, tokenizer.eos_token_id, lengths=choose_attention() == PACKED
         ),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import write_blocks
 
-from pretrain.data import PackedCollator, load_blocks, unpack_documents
+from pretrain.data import PackedCollator, load_blocks, spread_blocks, unpack_documents
 from pretrain.eval import bits_per_byte, mean_with_interval, share_with_interval
 from pretrain.hardware import can_compile, choose_attention, supports_bf16, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
@@ -39,6 +39,16 @@ def test_whole_documents_come_back_from_blocks(tokenizer, tmp_path):
     documents = [f"Document {i}. 小河。" for i in range(9)]
     write_blocks(tmp_path / "train-00000", tokenizer, documents, 16)
     assert unpack_documents(load_blocks(tmp_path, "train"), tokenizer, limit=4) == documents[:4]
+
+
+def test_a_few_blocks_are_of_all_files(tokenizer, tmp_path):
+    write_blocks(tmp_path / "validation-00000", tokenizer, ["The river runs."] * 40, 16)
+    write_blocks(tmp_path / "validation-00001", tokenizer, ["小河流过磨坊。"] * 40, 16)
+    blocks = load_blocks(tmp_path, "validation")
+    shown = [tokenizer.decode(ids) for ids in spread_blocks(blocks, 6)["input_ids"]]
+    assert len(shown) == 6 and "river" in shown[0] and "小河" in shown[5]
+    whole = spread_blocks(blocks, 999)["input_ids"]
+    assert torch.equal(torch.stack(list(whole)), torch.stack(list(blocks["input_ids"])))
 
 
 def test_one_document_longer_than_its_blocks_is_measured(tokenizer, tmp_path):
