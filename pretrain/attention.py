@@ -132,9 +132,7 @@ def blockwise_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> torch
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, _lowest(dtype))
 
 
-def packed_attention(
-    module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, **kwargs
-):
+def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
     """Attention within the documents of packed rows, by torch's flash kernel where it can run.
 
     Args:
@@ -142,7 +140,6 @@ def packed_attention(
         attention_mask: the dense mask of "sdpa", which says the same; the kernel needs none.
         cu_seq_lens_q: (documents + 1,) int32, where documents begin in the B x T tokens, and B x T;
             None where rows are not packed. The name is transformers'.
-        max_length_q: tokens of the longest document.
 
     Returns:
         (B, T, heads, d), and None instead of the weights.
@@ -151,11 +148,12 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # Rotary positions are fp32 under autocast, and so are what they turn: llama, qwen3.
     rows = [x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    time = query.shape[2]  # no document is longer, and a number that never changes compiles once
     mixed = varlen.varlen_attn(
-        *rows, *ends, scale=kwargs.get("scaling"), window_size=(-1, 0), enable_gqa=True
-    )
-    return mixed.view(query.shape[0], query.shape[2], *mixed.shape[1:]), None
+        *rows, cu_seq_lens_q, cu_seq_lens_q, time, time, scale=kwargs.get("scaling"),
+        window_size=(-1, 0), enable_gqa=True,
+    )  # fmt: skip
+    return mixed.view(query.shape[0], time, *mixed.shape[1:]), None
 
 
 def runs_flash(value: torch.Tensor) -> bool:

@@ -60,7 +60,7 @@ class PackedCollator:
     and transformers' Trainer, which divides by the number of labels, would count it.
 
     Args:
-        lengths: add `cu_seq_lens_q` and `max_length_q`, which `pretrain.attention` explains.
+        lengths: add `cu_seq_lens_q`, where documents begin (`pretrain.attention.packed_attention`).
     """
 
     def __init__(self, bos_token_id: int, eos_token_id: int | None = None, lengths: bool = False):
@@ -80,7 +80,5 @@ class PackedCollator:
         }
         if self.lengths:
             firsts = (position_ids.flatten() == 0).nonzero().flatten()
-            ends = torch.cat([firsts, torch.tensor([input_ids.numel()])])
-            batch["cu_seq_lens_q"] = ends.int()
-            batch["max_length_q"] = int(ends.diff().max())
+            batch["cu_seq_lens_q"] = torch.cat([firsts, torch.tensor([input_ids.numel()])]).int()
         return batch

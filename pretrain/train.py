@@ -314,8 +314,8 @@ def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
 
 
 if __name__ == "__main__":
-    # Every parameter is used in every step: DDP need not search for those that are not. All
-    # batches have one shape: what was compiled serves to the end.
+    # Every parameter is used in every step: DDP need not search for those that are not. Batches
+    # have one shape, but for an epoch's last: what was compiled serves to the end.
     defaults = {"ddp_find_unused_parameters": False, "torch_compile": can_compile()}
     defaults = training_defaults() | defaults
     with stages.plain_errors():
