@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -170,12 +169,19 @@ def cpu_name() -> str:
 def measure_peak_memory() -> int:
     """Bytes of this process's highest resident memory.
 
-    On Linux from /proc: `ru_maxrss` begins there with what the parent process had reached.
+    On Linux from /proc: `ru_maxrss` begins there with what the parent process had reached. Windows
+    has no such module (not run here).
     """
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
     for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)

@@ -318,7 +318,10 @@ def sync_to_disk(directory: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = sys.platform == "win32"  # opens no directories, flushes what it may write; not run
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

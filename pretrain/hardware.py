@@ -12,8 +12,8 @@ import os
 import shutil
 import sys
 import warnings
-from pathlib import Path
 
+import psutil
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
@@ -78,15 +78,12 @@ def measure_memory() -> int:
 
 def measure_host_memory() -> int:
     """Bytes of this machine's memory, whatever GPU it has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
 
 
 def measure_free_memory() -> int:
-    """Bytes of it that programs can still get; where the system does not tell, all there is."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else measure_host_memory()
+    """Bytes of it that programs can still get."""
+    return psutil.virtual_memory().available
 
 
 def set_up_process(training_args: TrainingArguments | None = None) -> None:

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel as TheirGPT2
 from transformers import TrainingArguments
 
 import stages
+from pretrain.checkpoints import sync_to_disk
 from pretrain.data import PackedCollator, load_blocks
 from pretrain.hardware import choose_attention, set_up_process, training_defaults
 from pretrain.modeling_gpt import GPT2LMHeadModel
@@ -325,3 +326,13 @@ def test_dtype_by_capability(monkeypatch, gpu, bf16, expected):
     assert {name: defaults[name] for name in expected} == expected
 
 
+
+
+def test_windows_opens_no_directories(tmp_path, monkeypatch):
+    (tmp_path / "weights").write_text("x")
+    opened = []
+    plain = os.open
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", lambda p, flags: opened.append((p, flags)) or plain(p, flags))
+    sync_to_disk(tmp_path)
+    assert opened == [(tmp_path / "weights", os.O_RDWR)]

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
+import provenance
 import stages
 
 
@@ -272,3 +275,12 @@ def test_ctrl_c_ends_with_its_exit_code():
     with pytest.raises(SystemExit) as ended, stages.plain_errors():
         raise KeyboardInterrupt
     assert ended.value.code == 130
+
+
+def test_windows_has_neither_proc_nor_resource(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    info = types.SimpleNamespace(peak_wset=7)
+    monkeypatch.setattr(psutil, "Process", lambda: types.SimpleNamespace(memory_info=lambda: info))
+    assert provenance.measure_peak_memory() == 7
