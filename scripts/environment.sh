@@ -15,16 +15,18 @@ find_python() {
 
 requirements=$1
 python=$(find_python) || exit 1
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/python ] && [ ! -x .venv/Scripts/python ]; then
   echo "making .venv with $("$python" --version)"
   "$python" -m venv .venv
 fi
+programs=.venv/bin
+[ -d "$programs" ] || programs=.venv/Scripts # Windows, in Git's bash; not run here
 stamp=.venv/installed-$(cat requirements*.txt pyproject.toml | cksum | cut -d' ' -f1)-$requirements
 if [ ! -f "$stamp" ]; then
   echo "installing $requirements (a few minutes the first time)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+  "$programs/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
   touch "$stamp"
 fi
 # The embedded recipes need nothing from outside: no model, data set, kernel or telemetry.
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 PYTHONUTF8=1
-PATH=$PWD/.venv/bin:$PATH
+PATH=$PWD/$programs:$PATH
