@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -113,7 +114,8 @@ def make_plan(
     if steps <= 0:
         if not sizes.tokens:
             raise ValueError("max_steps is not set and the data is not prepared yet: set max_steps")
-        steps = max(1, round(training_args.num_train_epochs * sizes.tokens / tokens_per_step))
+        epoch = math.ceil(sizes.tokens / tokens_per_step)  # its last step is a smaller one
+        steps = math.ceil(training_args.num_train_epochs * epoch)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     embedding = model.get_output_embeddings().weight.numel()
     head = embedding if tied or optimizer == "muon" else 0

@@ -44,7 +44,7 @@ from pretrain.hardware import (
 from pretrain.modeling_gpt import GPT2LMHeadModel
 from pretrain.monitors import HeldOut, LossGuard, Samples
 from pretrain.optimizer import make_optimizer
-from pretrain.plan import Machine, Plan, find_sizes, format_plan, make_plan
+from pretrain.plan import Machine, Plan, Sizes, find_sizes, format_plan, make_plan
 from pretrain.sample import SAMPLE_PROMPTS, continue_text
 
 
@@ -136,6 +136,8 @@ def main(args: PretrainArguments, training_args: TrainingArguments) -> None:
     set_up_process(training_args)
     if stages.is_dry_run():
         print(format_plan(plan_run(args, training_args)))
+        if args.minutes is not None:
+            print(f"minutes      {args.minutes:g}: as many steps as they hold, not the run's")
         if not Path(args.data_dir).is_dir():
             return print(f"{args.data_dir} is not there yet: the plan is all, no step was tried")
     stages.require_input(args.data_dir, "train-*.parquet", "validation-*.parquet", "tokenizer.json")
@@ -296,6 +298,13 @@ def make_config(args: PretrainArguments, vocab_size: int, block_size: int, speci
     return config
 
 
+def choose_config(args: PretrainArguments, sizes: Sizes):
+    """The config of the model that would be trained, before there is data."""
+    if args.model_name_or_path:
+        return AutoConfig.from_pretrained(args.model_name_or_path)
+    return make_config(args, sizes.vocab_size, sizes.block_size, {})
+
+
 def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
     """The plan of this run on this machine. The data need not be there.
 
@@ -303,10 +312,7 @@ def plan_run(args: PretrainArguments, training_args: TrainingArguments) -> Plan:
         ValueError: Muon with ZeRO, or sizes that neither the data nor the recipe tells.
     """
     sizes = find_sizes(args.data_dir)
-    if args.model_name_or_path:
-        config = AutoConfig.from_pretrained(args.model_name_or_path)
-    else:
-        config = make_config(args, sizes.vocab_size, sizes.block_size, {})
+    config = choose_config(args, sizes)
     low_precision = training_args.bf16 or training_args.fp16
     memory = measure_memory() // (1 if torch.cuda.is_available() else training_args.world_size)
     machine = Machine(training_args.world_size, memory, low_precision, choose_attention())

@@ -23,12 +23,14 @@ from pretrain.plan import (
     make_plan,
     read_throughput,
 )
-from pretrain.train import PretrainArguments, make_config, plan_run
+from pretrain.train import PretrainArguments, choose_config, plan_run
 
 
 def main(args: argparse.Namespace) -> None:
     """Parse the recipe as pretraining would, and print its plan."""
     quiet_logs()
+    if args.gpus < 0 or args.memory <= 0:
+        raise ValueError(f"--gpus {args.gpus} --memory {args.memory:g}: no such machine")
     path = Path(args.recipe) / "pretrain.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Name a recipe's folder, e.g. configs/tiny")
@@ -44,7 +46,7 @@ def plan_gpus(
 ) -> Plan:
     """The plan on `args.gpus` GPUs of one node, with 16 bits and a fused attention kernel."""
     sizes = find_sizes(recipe.data_dir)
-    config = make_config(recipe, sizes.vocab_size, sizes.block_size, {})
+    config = choose_config(recipe, sizes)
     machine = Machine(args.gpus, int(args.memory * 1e9), True, PACKED)
     return make_plan(config, sizes, training_args, recipe.optimizer, machine)
 

@@ -6,16 +6,16 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SENTENCES
+from conftest import ROOT, SENTENCES, quick_arguments
 from transformers import AutoConfig, GPT2Config, TrainingArguments
 
 import stages
 from pretrain import costs
 from pretrain.costs import activation_bytes, build_on_meta, count_parameters, flops_per_token
 from pretrain.hardware import training_defaults
-from pretrain.plan import LIBRARIES, Sizes, find_sizes
+from pretrain.plan import LIBRARIES, Machine, Sizes, find_sizes, make_plan
 from pretrain.prepare import PrepareArguments, main
-from pretrain.train import PretrainArguments, plan_run
+from pretrain.train import PretrainArguments, choose_config, plan_run
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 GPT2_SIZES = {  # layers, width, heads -> parameters of the published checkpoints
@@ -87,6 +87,24 @@ def test_sizes_come_from_the_data_then_from_the_recipe(monkeypatch, tmp_path):
         find_sizes("output/nothing/prepare")
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 3), (2.0, 6), (0.5, 2)])
+def test_the_last_step_of_an_epoch_counts(tmp_path, epochs, steps):
+    """5 blocks, 2 a step: as transformers counts them."""
+    config = GPT2Config(n_layer=1, n_embd=16, n_head=1, vocab_size=8, n_positions=4)
+    args = quick_arguments(tmp_path, num_train_epochs=epochs, per_device_train_batch_size=2)
+    plan = make_plan(config, Sizes(8, 4, 20), args, "adamw", Machine(1, 10**9, False, "sdpa"))
+    assert plan.steps == steps
+
+
+def test_the_plan_is_of_the_model_that_is_gone_on_from(tmp_path):
+    GPT2Config(n_layer=3, n_embd=32, n_head=2).save_pretrained(tmp_path)
+    args = PretrainArguments(
+        model_name_or_path=str(tmp_path), config_overrides={"n_layer": 1, "n_embd": 16}
+    )
+    config = choose_config(args, Sizes(50_257, 1024, None))
+    assert (config.n_layer, config.n_embd) == (3, 32)
+
+
 def run(*words, cwd=ROOT):
     command = [sys.executable, *words]
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
@@ -101,6 +119,8 @@ def test_dry_run_needs_no_data_and_writes_nothing(tmp_path):
     assert "124,475,904 parameters" in shown  # 124,439,808 and 47 more rows of 768
     assert "4,768 steps" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
+    shown = run("-m", "pretrain.train", *words, "--minutes", "90", cwd=tmp_path)
+    assert "minutes      90: as many steps as they hold" in shown
 
 
 def test_plan_of_a_recipe_on_gpus():
