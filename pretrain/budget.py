@@ -50,8 +50,25 @@ def make_scheduler(args: TrainingArguments, steps: int):
         optimizer,
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=schedule_settings(args, steps),
     )
+
+
+def schedule_settings(args: TrainingArguments, steps: int) -> dict:
+    """`lr_scheduler_kwargs`, where `num_decay_steps` may be a share below 1, as `warmup_steps`.
+
+    Raises:
+        ValueError: warmup_stable_decay without it.
+    """
+    settings = dict(args.lr_scheduler_kwargs or {})
+    if args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in settings:
+        raise ValueError(
+            "warmup_stable_decay needs its decay, in steps or as a share of them: "
+            "lr_scheduler_kwargs: {num_decay_steps: 0.2}"
+        )
+    if 0 < settings.get("num_decay_steps", 0) < 1:
+        settings["num_decay_steps"] = math.ceil(settings["num_decay_steps"] * steps)
+    return settings
 
 
 def choose_steps(left_s: float, step_s: float, between_s: dict[float, float], end_s: float) -> int:

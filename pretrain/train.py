@@ -28,7 +28,7 @@ from transformers import (
 
 import stages
 from pretrain.attention import PACKED
-from pretrain.budget import Budget, plan_steps
+from pretrain.budget import Budget, plan_steps, schedule_settings
 from pretrain.callbacks import Throughput, watch
 from pretrain.checkpoints import save_model, train_or_resume
 from pretrain.costs import flops_per_token
@@ -129,6 +129,14 @@ class PretrainTrainer(Trainer):
                 args.adam_epsilon,
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The recipe's schedule, whose decay may be a share of the steps."""
+        given = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = schedule_settings(self.args, num_training_steps)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.args.lr_scheduler_kwargs = given
+        return scheduler
 
 
 def main(args: PretrainArguments, training_args: TrainingArguments) -> None:

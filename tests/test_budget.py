@@ -213,6 +213,23 @@ def test_evaluations_and_checkpoints_of_epochs_are_in_the_minutes(prepared_dir, 
     assert 111 <= ticks.clock.now - 100 <= 129  # to one evaluation and its checkpoint, 9 s
 
 
+def test_the_decay_may_be_a_share_also_of_the_steps_that_minutes_hold(
+    prepared_dir, tmp_path, timed
+):
+    schedule = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0.1}
+    with pytest.raises(ValueError, match="warmup_stable_decay needs its decay"):
+        pretrain(prepared_dir, tmp_path, {}, **MINUTES | schedule)
+    schedule["lr_scheduler_kwargs"] = {"num_decay_steps": 0.5, "decay_type": "linear"}
+    ticks = timed()
+    pretrain(prepared_dir, tmp_path, {"minutes": 2.0}, **MINUTES | schedule)
+    steps = len(ticks.rates)
+    decay = math.ceil(0.5 * steps)
+    assert steps == 37
+    assert ticks.rates[10 : steps - decay + 1] == pytest.approx([1e-2] * (steps - decay - 9))
+    assert ticks.rates[-1] == pytest.approx(1e-2 / decay)
+    assert quick_arguments(tmp_path, **schedule).lr_scheduler_kwargs["num_decay_steps"] == 0.5
+
+
 def test_a_resumed_run_keeps_the_number_of_steps(prepared_dir, tmp_path, timed, monkeypatch):
     class Killed(Exception):
         pass
