@@ -154,7 +154,8 @@ def test_launchers_on_two_nodes_meet_through_the_slurm_template(alone, settings,
     python = f'exec "{sys.executable}" -m accelerate.commands.accelerate_cli "$@"\n'
     commands = {
         "scontrol": "echo 127.0.0.1\n",
-        "srun": "shift\nSLURM_NODEID=1 SLURM_STEP_NUM_TASKS=2 \"$@\" &\n"
+        "srun": 'shift\ntest "$SRUN_CPUS_PER_TASK" = 1\n'
+        "SLURM_NODEID=1 SLURM_STEP_NUM_TASKS=2 \"$@\" &\n"
         'SLURM_NODEID=0 SLURM_STEP_NUM_TASKS=2 "$@"\nwait $!\n',
         "accelerate": 'echo "machine $SLURM_NODEID: $*"\n' + python,
     }

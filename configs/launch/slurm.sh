@@ -23,6 +23,7 @@ gpus=${SLURM_GPUS_ON_NODE:-4}        # GPUs of one of them
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # machine 0, where all meet
 port=$((20000 + SLURM_JOB_ID % 20000)) # the same on all nodes, another for each job
 export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-8} / gpus)) # threads of one process
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-8} # SLURM 22.05 and newer: else it has one core
 export HF_HUB_OFFLINE=1              # compute nodes have no internet: download before
 
 # srun runs one launcher a node. SLURM_NODEID is the node's number: it is known only there, so the
