@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages
@@ -300,6 +301,8 @@ def _live_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         from peft import get_peft_model_state_dict
 
         expected = get_peft_model_state_dict(model, state_dict=expected)
+    elif not any(hasattr(tensor, "ds_id") for tensor in expected.values()):
+        expected = revert_weight_conversion(model, expected)  # mixtral's experts, gpt_neox's head
     yield from expected.items()
 
 

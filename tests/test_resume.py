@@ -10,7 +10,14 @@ import torch
 from conftest import ROOT
 from processes import PRETRAIN, STEPS, Processes
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 import stages
 from pretrain.checkpoints import (
@@ -173,6 +180,24 @@ def test_saved_weights_are_compared_with_the_live_ones(tiny_config, tmp_path):
         save_file(tensors, path)
         with pytest.raises(RuntimeError, match=message):
             check_saved_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mixtral"])
+def test_files_with_other_names_than_the_model_has_are_compared(model_type, tmp_path):
+    """transformers renames, splits and stacks weights of some architectures as it loads them."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 8}
+    shared = {"num_key_value_heads": 2} if model_type == "mixtral" else {}
+    config = AutoConfig.for_model(model_type, **sizes, **shared, intermediate_size=32)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    check_saved_weights(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    saved = load_file(path)
+    assert saved.keys() != dict(model.named_parameters()).keys()
+    name = next(name for name in saved if name not in dict(model.named_parameters()))
+    save_file(saved | {name: saved[name] + 1}, path)
+    with pytest.raises(RuntimeError, match=f"{name} differs .1 of"):
+        check_saved_weights(model, tmp_path)
 
 
 def test_a_damaged_save_fails_the_run(tmp_path, monkeypatch):
