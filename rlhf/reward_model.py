@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from trl import ModelConfig, get_quantization_config
 
+import stages
 from pretrain.hardware import choose_attention
 from sft.model import (
     add_chat_tokens,
@@ -92,6 +98,27 @@ def merge_reward_adapter(
         merged = model.merge_and_unload(safe_merge=True)
         difference = (merged(input_ids=probe).logits - before).abs().max().item()
     return merged, {"merge_max_score_difference": difference}
+
+
+def require_judge(directory: str | os.PathLike, base: str | os.PathLike) -> Path:
+    """Check, before hours of training, that a directory can pay or judge the answers of `base`.
+
+    TRL gives a chat model a head of random numbers and pays by them, without a word.
+
+    Raises:
+        FileNotFoundError, ValueError: as `stages.require_input` and `require_same_tokenizer`; or it
+            holds no model with one score.
+    """
+    found = stages.require_input(directory, "config.json", "tokenizer.json")
+    stages.require_same_tokenizer(base, found)
+    config = AutoConfig.from_pretrained(found)
+    kinds = config.architectures or ["a model of no kind"]
+    if config.num_labels != 1 or not any("ForSequenceClass" in kind for kind in kinds):
+        raise ValueError(
+            f"{directory} is no reward model but {', '.join(kinds)}, which gives no single score. "
+            "Name a directory that python -m rlhf.train_reward has made"
+        )
+    return found
 
 
 def load_reward_model(directory: str | os.PathLike) -> tuple[PreTrainedModel, Any]:

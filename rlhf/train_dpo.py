@@ -24,6 +24,7 @@ from pretrain.hardware import set_up_process, training_defaults
 from rlhf.eval import evaluate_implicit_rewards, evaluate_policy
 from rlhf.guards import watch_guards
 from rlhf.pairs import check_shared_prompts, load_pairs, share_on_disk
+from rlhf.reward_model import require_judge
 from sft.model import complete_head, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
@@ -50,8 +51,7 @@ def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) 
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     inputs = [base]
     if args.reward_model:
-        inputs.append(stages.require_input(args.reward_model, "config.json"))
-        stages.require_same_tokenizer(base, args.reward_model)
+        inputs.append(require_judge(args.reward_model, base))
     run = stages.start_run(
         "dpo",
         training_args.output_dir,

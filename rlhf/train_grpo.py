@@ -30,6 +30,7 @@ from rlhf.eval import evaluate_policy
 from rlhf.guards import watch_guards
 from rlhf.probe import require_mixed_outcomes
 from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
+from rlhf.reward_model import require_judge
 from rlhf.rollouts import FastGRPOTrainer
 from sft.model import (
     complete_head,
@@ -79,8 +80,7 @@ def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig
     judges = [name for name in args.reward_funcs if name not in REWARD_NAMES]
     judges += [args.reward_model] if args.reward_model else []
     for judge in judges:
-        stages.require_input(judge, "config.json", "tokenizer.json")
-        stages.require_same_tokenizer(base, judge)
+        require_judge(judge, base)
     run = stages.start_run(
         "grpo",
         training_args.output_dir,

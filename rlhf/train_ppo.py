@@ -29,6 +29,7 @@ from rlhf.guards import watch_guards
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_trainer import PPOTrainer
 from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
+from rlhf.reward_model import require_judge
 from sft.model import complete_head, context_length, load_model, make_lora_config
 from sft.tasks import load_tasks
 from sft.train import load_chat_tokenizer, save_chat_model
@@ -98,8 +99,7 @@ def choose_reward_funcs(args: PPOArguments, base: Path, max_completion_length: i
             f"model's directory, or functions among {sorted(REWARD_NAMES)}, or both"
         )
     if args.reward_model:
-        stages.require_input(args.reward_model, "config.json", "tokenizer.json")
-        stages.require_same_tokenizer(base, args.reward_model)
+        require_judge(args.reward_model, base)
     judges = [args.reward_model] if args.reward_model else []
     return judges + make_reward_functions(args.reward_funcs, max_completion_length)
 

@@ -24,7 +24,7 @@ import model_card
 import torch
 
 import provenance
-import sft.eval
+import sft.model
 import stages
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--to hub needs --repo_id, e.g. --repo_id me/ladderlm-tiny")
     config = stages.read_json(directory / "config.json") or {}
     if args.to in ("gguf", "hub"):
-        sft.eval.require_generator(directory, config.get("architectures"))
+        sft.model.require_generator(directory, config.get("architectures"))
     output_dir = Path(args.output_dir or directory.parent / "export" / directory.name)
     output_dir.mkdir(parents=True, exist_ok=True)
     if args.to == "merged":

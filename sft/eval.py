@@ -40,7 +40,7 @@ from pretrain.eval import (
     share_with_interval,
 )
 from sft.data import load_conversations
-from sft.model import context_length
+from sft.model import context_length, require_generator
 from sft.overlap import measure_corpora, score_rouge
 from sft.rendering import encode_prompt
 from sft.tasks import load_tasks
@@ -145,16 +145,6 @@ def add_previous(answers: list[dict], previous: str, tokenizer: Any, args: EvalA
     for row in answers:
         if (answer := said.get(json.dumps(row["prompt"]))) is not None:
             row["previous"] = answer
-
-
-def require_generator(directory: str | Path, architectures: list[str] | None) -> None:
-    """Raise a ValueError where a model scores texts and writes none, as its config.json says."""
-    if name := next((a for a in architectures or [] if "ForSequenceClass" in a), None):
-        raise ValueError(
-            f"{directory} is a {name}, a reward model or a classifier: it scores texts and writes "
-            "none. Name a chat model's directory, or let it judge: python -m rlhf.judge A B "
-            "--reward_model DIRECTORY"
-        )
 
 
 def load_for_generation(directory: str) -> tuple[Any, Any]:

@@ -22,7 +22,8 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     """Load a causal language model, in 4 bits where the recipe says `load_in_4bit`.
 
     Raises:
-        ValueError: tokenizer and model do not belong together, or 4 bits without LoRA.
+        ValueError: tokenizer and model do not belong together, a reward model, or 4 bits without
+            LoRA.
     """
     if model_args.load_in_4bit and not model_args.use_peft:
         raise ValueError("load_in_4bit needs use_peft: true; 4-bit weights cannot be trained")
@@ -32,11 +33,22 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
         attn_implementation=model_args.attn_implementation or choose_attention(),
         quantization_config=get_quantization_config(model_args),
     )
+    require_generator(model_args.model_name_or_path, model.config.architectures)
     add_chat_tokens(model, tokenizer)
     check_vocabulary(model, tokenizer)
     keep_unpacked(model)
     model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model
+
+
+def require_generator(directory: str | Path, architectures: list[str] | None) -> None:
+    """Raise a ValueError where a model scores texts and writes none, as its config.json says."""
+    if name := next((a for a in architectures or [] if "ForSequenceClass" in a), None):
+        raise ValueError(
+            f"{directory} is a {name}, a reward model or a classifier: it scores texts and writes "
+            "none. Name a chat model's directory, or let it judge: python -m rlhf.judge A B "
+            "--reward_model DIRECTORY"
+        )
 
 
 def count_real_positions(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -18,11 +18,12 @@ from rlhf.reward_model import (
     make_reward_lora,
     make_reward_model,
     merge_reward_adapter,
+    require_judge,
     score_conversations,
 )
 from rlhf.train_reward import RewardArguments, evaluate_reward_model
 from sft.data import DataSummary
-from sft.model import restore_precision
+from sft.model import load_model, restore_precision
 from sft.train import load_chat_tokenizer
 
 QUICK = {
@@ -98,6 +99,21 @@ def test_one_token_for_pad_and_eos_is_refused(reward_dir, base_dir, chat_tokeniz
     chat_tokenizer.save_pretrained(reward_dir)
     with pytest.raises(ValueError, match="must be set and differ"):
         load_reward_model(reward_dir)
+
+
+def test_only_a_reward_model_pays_and_only_a_chat_model_is_trained(
+    reward_dir, base_dir, chat_tokenizer, tmp_path
+):
+    assert require_judge(reward_dir, base_dir) == reward_dir
+    with pytest.raises(ValueError, match="is no reward model but GPT2LMHeadModel"):
+        require_judge(base_dir, base_dir)
+    classifier = AutoModelForSequenceClassification.from_pretrained(base_dir, num_labels=3)
+    classifier.save_pretrained(tmp_path / "classifier")
+    chat_tokenizer.save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match="gives no single score"):
+        require_judge(tmp_path / "classifier", base_dir)
+    with pytest.raises(ValueError, match="scores texts and writes none"):
+        load_model(ModelConfig(model_name_or_path=str(reward_dir)), chat_tokenizer)
 
 
 def make_trainer(base_dir, tokenizer, tmp_path, model_args=None, **changes):
