@@ -25,7 +25,7 @@ from rlhf.eval import evaluate_implicit_rewards, evaluate_policy
 from rlhf.guards import watch_guards
 from rlhf.pairs import check_shared_prompts, load_pairs, share_on_disk
 from rlhf.reward_model import require_judge
-from sft.model import complete_head, load_model, make_lora_config
+from sft.model import check_max_length, complete_head, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
 
@@ -61,11 +61,13 @@ def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) 
     )
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base)
+    model = load_model(model_args, tokenizer)
+    training_args.max_length = check_max_length(training_args.max_length, model)
     train, test, data = load_pairs(args, tokenizer, training_args.max_length)
     check_shared_prompts(list(train) + list(test), tokenizer)
     shared = Path(training_args.output_dir, "pairs")
     trainer = DPOTrainer(
-        model=load_model(model_args, tokenizer),
+        model=model,
         args=training_args,
         train_dataset=share_on_disk(train, shared / "train"),
         eval_dataset=share_on_disk(test, shared / "test"),

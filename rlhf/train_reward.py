@@ -33,7 +33,7 @@ from rlhf.reward_model import (
     merge_reward_adapter,
     score_conversations,
 )
-from sft.model import restore_precision
+from sft.model import check_max_length, restore_precision
 from sft.train import load_chat_tokenizer, save_merged
 
 
@@ -66,9 +66,11 @@ def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelCo
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base, training_args.chat_template_path)
     training_args.chat_template_path = None  # it is in the tokenizer now
+    model = make_reward_model(model_args, tokenizer)
+    training_args.max_length = check_max_length(training_args.max_length, model)
     train, test, data = load_pairs(args, tokenizer, training_args.max_length)
     trainer = RewardTrainer(
-        model=make_reward_model(model_args, tokenizer),
+        model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=test,

@@ -107,6 +107,16 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or 10**9
 
 
+def check_max_length(max_length: int | None, model) -> int:
+    """The longest row in tokens; None is the model's context, and more is a ValueError."""
+    context = context_length(model)
+    if max_length is not None and max_length > context:
+        raise ValueError(
+            f"max_length={max_length}: the model reads {context} tokens at most; set it to that"
+        )
+    return max_length or context
+
+
 def make_lora_config(
     model_args: ModelConfig, tokenizer: Any, model: PreTrainedModel | None = None
 ) -> LoraConfig | None:

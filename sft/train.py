@@ -29,7 +29,7 @@ from sft.data import load_conversations, load_mixture, split_rows
 from sft.eval import evaluate_stage, load_for_generation, read_eval_config
 from sft.loss import ChatTrainer, held_out_loss
 from sft.model import (
-    context_length,
+    check_max_length,
     load_model,
     make_lora_config,
     merge_adapter,
@@ -138,16 +138,6 @@ def add_missing_tokens(tokenizer) -> None:
     if tokenizer.pad_token_id in (None, *stops):
         is_unused = known.get(UNUSED, stops[0]) not in stops
         tokenizer.add_special_tokens({"pad_token": UNUSED if is_unused else PAD})
-
-
-def check_max_length(max_length: int | None, model) -> int:
-    """The longest row in tokens; None is the model's context, and more is a ValueError."""
-    context = context_length(model)
-    if max_length is not None and max_length > context:
-        raise ValueError(
-            f"max_length={max_length}: the model reads {context} tokens at most; set it to that"
-        )
-    return max_length or context
 
 
 def load_data(args: SFTArguments, tokenizer, training_args: SFTConfig):

@@ -1,5 +1,6 @@
 """DPO: the loss, its reference, and what is said of the pairs before the first step."""
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from rlhf.eval import answer_logps, evaluate_implicit_rewards
 from rlhf.pairs import check_shared_prompts, share_on_disk, tokenize_pairs
+from rlhf.train_dpo import DPOArguments, main
 from sft.model import complete_head, load_model, make_lora_config
 from sft.train import load_chat_tokenizer, save_chat_model
 
@@ -170,3 +172,20 @@ def test_a_prompt_that_is_rendered_differently_before_its_answer_is_refused(chat
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.replace("{{- '\\n' -}}", "")
     with pytest.raises(ValueError, match="1 of 2 prompts"):  # nothing is left to compare
         check_shared_prompts([empty, PAIRS[1]], chat_tokenizer)
+
+
+def run_main(base_dir, tmp_path, **changes):
+    """A whole run on `PAIRS`."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8")
+    settings = DPOConfig(output_dir=str(tmp_path / "run"), **QUICK | {"max_steps": 1} | changes)
+    args = DPOArguments(data_files=[str(path)], test_files=[str(path)])
+    main(args, settings, ModelConfig(model_name_or_path=str(base_dir)))
+    return json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))
+
+
+def test_pairs_have_to_fit_the_context(base_dir, tmp_path):
+    """TRL's own default is 1,024: a longer pair would fail somewhere in the run."""
+    with pytest.raises(ValueError, match="max_length=1024: the model reads 64 tokens at most"):
+        run_main(base_dir, tmp_path, max_length=1024)
+    assert run_main(base_dir, tmp_path, max_length=None)["finished"]
