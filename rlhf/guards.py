@@ -18,6 +18,10 @@ from pretrain.callbacks import LogFile, say
 from sft.eval import EvalArguments, evaluate_chat, read_eval_config
 
 ROWS = 64  # of each kind: seconds on a small model; the whole set is measured when the run ends
+UNREAD_BY_POLICIES = {  # of what is trained on its own answers; see `sft.model.refuse_unread`
+    "eval_strategy": "the guards of eval_config measure at every saving, on held-out rows",
+    "label_smoothing_factor": "the answers are the policy's own",
+}
 REWARDS = ("ppo/score", "reward", "rewards/margins")  # keys of the logs: the first that is there
 
 

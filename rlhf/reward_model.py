@@ -19,6 +19,7 @@ import stages
 from pretrain.hardware import choose_attention
 from sft.model import (
     add_chat_tokens,
+    check_quantisation,
     check_vocabulary,
     count_real_positions,
     keep_unpacked,
@@ -36,8 +37,7 @@ def make_reward_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedMode
         ValueError: pad and eos are one token, tokenizer and model do not belong together, or
             4 bits without LoRA.
     """
-    if model_args.load_in_4bit and not model_args.use_peft:
-        raise ValueError("load_in_4bit needs use_peft: true; 4-bit weights cannot be trained")
+    check_quantisation(model_args)
     check_pad_token(tokenizer)
     quantization = get_quantization_config(model_args)
     if quantization is not None:
@@ -46,7 +46,7 @@ def make_reward_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedMode
         model_args.model_name_or_path,
         num_labels=1,
         pad_token_id=tokenizer.pad_token_id,
-        dtype=torch.float32,
+        dtype=model_args.dtype or "float32",
         attn_implementation=model_args.attn_implementation or choose_attention(),
         quantization_config=quantization,
     )
@@ -75,7 +75,7 @@ def make_reward_lora(model_args: ModelConfig, tokenizer: Any) -> LoraConfig | No
     config = make_lora_config(model_args, tokenizer)
     if config is not None:
         config.task_type = TaskType.SEQ_CLS
-        config.modules_to_save = ["score"]
+        config.modules_to_save = [*(config.modules_to_save or []), "score"]
     return config
 
 

@@ -25,7 +25,13 @@ from rlhf.eval import evaluate_implicit_rewards, evaluate_policy
 from rlhf.guards import watch_guards
 from rlhf.pairs import check_shared_prompts, load_pairs, share_on_disk
 from rlhf.reward_model import require_judge
-from sft.model import check_max_length, complete_head, load_model, make_lora_config
+from sft.model import (
+    check_max_length,
+    complete_head,
+    load_model,
+    make_lora_config,
+    refuse_unread,
+)
 from sft.train import load_chat_tokenizer, save_chat_model
 
 
@@ -48,6 +54,7 @@ class DPOArguments:
 def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    refuse_unread(training_args, model_args, label_smoothing_factor="DPO's is label_smoothing")
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     inputs = [base]
     if args.reward_model:

@@ -27,7 +27,7 @@ from pretrain.checkpoints import train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
-from rlhf.guards import watch_guards
+from rlhf.guards import UNREAD_BY_POLICIES, watch_guards
 from rlhf.probe import require_mixed_outcomes
 from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
 from rlhf.reward_model import require_judge
@@ -38,6 +38,7 @@ from sft.model import (
     count_real_positions,
     load_model,
     make_lora_config,
+    refuse_unread,
 )
 from sft.tasks import load_tasks
 from sft.train import load_chat_tokenizer, save_chat_model
@@ -75,6 +76,7 @@ class GRPOArguments:
 def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
     """Load tasks and models, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    refuse_unread(training_args, model_args, **UNREAD_BY_POLICIES)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     reward_funcs = make_reward_functions(args.reward_funcs, training_args.max_completion_length)
     judges = [name for name in args.reward_funcs if name not in REWARD_NAMES]

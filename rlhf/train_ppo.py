@@ -25,12 +25,18 @@ from pretrain.checkpoints import train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
-from rlhf.guards import watch_guards
+from rlhf.guards import UNREAD_BY_POLICIES, watch_guards
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_trainer import PPOTrainer
 from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
 from rlhf.reward_model import require_judge
-from sft.model import complete_head, context_length, load_model, make_lora_config
+from sft.model import (
+    complete_head,
+    context_length,
+    load_model,
+    make_lora_config,
+    refuse_unread,
+)
 from sft.tasks import load_tasks
 from sft.train import load_chat_tokenizer, save_chat_model
 
@@ -52,6 +58,7 @@ class PPOArguments:
 def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) -> None:
     """Load prompts and models, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    refuse_unread(training_args, model_args, **UNREAD_BY_POLICIES)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     reward_funcs = choose_reward_funcs(args, base, training_args.max_completion_length)
     run = stages.start_run(

@@ -33,7 +33,7 @@ from rlhf.reward_model import (
     merge_reward_adapter,
     score_conversations,
 )
-from sft.model import check_max_length, restore_precision
+from sft.model import check_max_length, refuse_unread, restore_precision
 from sft.train import load_chat_tokenizer, save_merged
 
 
@@ -55,6 +55,7 @@ class RewardArguments:
 def main(args: RewardArguments, training_args: RewardConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, save, evaluate, record."""
     set_up_process(training_args)
+    refuse_unread(training_args, model_args, label_smoothing_factor="Bradley-Terry has none")
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     run = stages.start_run(
         "reward",

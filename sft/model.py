@@ -10,12 +10,39 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from pretrain.hardware import choose_attention
+from provenance import non_defaults
 from sft.rendering import encode_prompt
 from tokenizer.special_tokens import IM_END, IM_START, PAD
 
 CHAT_TOKENS = (IM_START, IM_END)
+EMBEDDINGS = {"wte", "embed_tokens", "embed_in", "lm_head", "embed_out"}  # as models name them
 PROBES = ("Hi", "What is 12 + 30?", "你好，你是谁？", "Tell me about the river.")
 PROBE_TOKENS = 32
+# What transformers' and TRL's dataclasses have and no stage here reads, and what to do instead.
+UNREAD = {
+    "model_revision": "fetch that revision and name its directory",
+    "model_init_kwargs": "the keys of ModelConfig say how a model is loaded",
+    "eos_token": "the chat template says what ends a turn",
+    "pad_token": "it is the tokenizer's own",
+    "dataset_text_field": "the layouts of rows that are read are in docs/sft.md",
+    "dataset_kwargs": "the layouts of rows that are read are in docs/sft.md",
+}
+
+
+def refuse_unread(*arguments: Any, **more: str) -> None:
+    """Raise a ValueError for a setting that would be ignored without a word, or do harm.
+
+    Args:
+        arguments: the parsed dataclasses of a stage.
+        more: what this stage does not read besides `UNREAD`, with what to do instead.
+    """
+    for one in arguments:
+        for name in sorted(non_defaults(one).keys() & (UNREAD | more)):
+            value = getattr(one, name)
+            raise ValueError(
+                f"{name}={getattr(value, 'value', value)!r}, which this stage does not read: "
+                f"{(UNREAD | more)[name]}. Leave it out"
+            )
 
 
 def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
@@ -25,11 +52,10 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
         ValueError: tokenizer and model do not belong together, a reward model, or 4 bits without
             LoRA.
     """
-    if model_args.load_in_4bit and not model_args.use_peft:
-        raise ValueError("load_in_4bit needs use_peft: true; 4-bit weights cannot be trained")
+    check_quantisation(model_args)
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
-        dtype=getattr(torch, model_args.dtype or "float32"),
+        dtype=model_args.dtype or "float32",
         attn_implementation=model_args.attn_implementation or choose_attention(),
         quantization_config=get_quantization_config(model_args),
     )
@@ -39,6 +65,13 @@ def load_model(model_args: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     keep_unpacked(model)
     model.base_model.register_forward_pre_hook(count_real_positions, with_kwargs=True)
     return model
+
+
+def check_quantisation(model_args: ModelConfig) -> None:
+    """Raise a ValueError where a recipe asks for weights that cannot be trained."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name) and not model_args.use_peft:
+            raise ValueError(f"{name} needs use_peft: true; such weights cannot be trained")
 
 
 def require_generator(directory: str | Path, architectures: list[str] | None) -> None:
@@ -126,17 +159,30 @@ def make_lora_config(
     and without it LoRA could not teach the model to stop. Of a `model` whose output layer is not
     tied to its embeddings the rows of both are.
     """
-    config = get_peft_config(model_args)
+    config = read_lora_config(model_args)
     if config is None:
         return None
-    if not model_args.lora_target_modules:
-        config.target_modules = "all-linear"
+    if whole := EMBEDDINGS & set(config.modules_to_save or []):
+        raise ValueError(
+            f"lora_modules_to_save has {', '.join(sorted(whole))}: of it the chat tokens' rows are "
+            "trained already, and PEFT cannot train it whole as well. Leave it out, or "
+            "train all of the model: use_peft: false"
+        )
     config.trainable_token_indices = find_chat_tokens(tokenizer) or None
     is_tied = model is None or model.config.tie_word_embeddings
     if config.trainable_token_indices and not is_tied:
         layers = (model.get_input_embeddings(), model.get_output_embeddings())
         names = [name.split(".")[-1] for name, one in model.named_modules() if one in layers]
         config.trainable_token_indices = dict.fromkeys(names, config.trainable_token_indices)
+    return config
+
+
+def read_lora_config(model_args: ModelConfig) -> LoraConfig | None:
+    """TRL's reading of a recipe's LoRA; without `lora_target_modules` on all linear layers."""
+    config = get_peft_config(model_args)
+    # A list of one is what the parser makes of the word, and would be a module's name.
+    if config and model_args.lora_target_modules in (None, [], ["all-linear"]):
+        config.target_modules = "all-linear"
     return config
 
 

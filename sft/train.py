@@ -33,6 +33,7 @@ from sft.model import (
     load_model,
     make_lora_config,
     merge_adapter,
+    refuse_unread,
     set_stop_tokens,
 )
 from sft.rendering import check_chat_template, find_end_token, mark_trained, render
@@ -75,6 +76,7 @@ def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) 
     """Load data and model, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
     read_eval_config(args.eval_config)
+    refuse_unread(training_args, model_args)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     files = [*parse_shares(args.data_files), *args.validation_files, *args.test_files]
     run = stages.start_run(

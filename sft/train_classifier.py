@@ -12,6 +12,7 @@ Writes  a sequence classifier that from_pretrained loads (LoRA merged, the adapt
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig
 
 import stages
 from pretrain.callbacks import watch
@@ -36,7 +37,7 @@ from pretrain.hardware import choose_attention, set_up_process, training_default
 from sft.classify import classify, load_classifier
 from sft.labels import SPLITS, Labelled, load_splits, to_columns
 from sft.metrics import measure_labels
-from sft.model import check_vocabulary, context_length
+from sft.model import check_vocabulary, context_length, read_lora_config, refuse_unread
 from sft.train import save_merged
 
 
@@ -63,6 +64,8 @@ def main(
 ) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    no_bits = "the head and what is trained of the model are in full precision"
+    refuse_unread(training_args, model_args, load_in_4bit=no_bits, load_in_8bit=no_bits)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     files = dict(zip(SPLITS, (args.data_files, args.validation_files, args.test_files)))  # noqa: B905
     run = stages.start_run(
@@ -85,7 +88,7 @@ def main(
         eval_dataset=encode(rows["validation"], tokenizer, labels),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_loss_func=mean_loss,
+        compute_loss_func=partial(mean_loss, smoothing=training_args.label_smoothing_factor),
         compute_metrics=lambda found: {"accuracy": float((found[0].argmax(-1) == found[1]).mean())},
     )
     watch(trainer)
@@ -96,14 +99,18 @@ def main(
         run.finish(metrics, data=vars(summary))
 
 
-def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+def mean_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None, smoothing: float = 0.0
+) -> torch.Tensor:
     """Cross-entropy, the mean over all rows of an optimizer step.
 
     transformers' classifiers take the mean of what they see, while its Trainer counts on a sum
     divided by `num_items_in_batch`: with accumulation or several processes the loss, and with it
     every gradient, would be as many times too large.
     """
-    loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        outputs.logits.float(), labels, reduction="sum", label_smoothing=smoothing
+    )
     return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -127,12 +134,11 @@ def load_base(
     tokenizer.model_max_length = args.max_length or limit
     if args.freeze:
         freeze_all_but_the_end(model)
-    config = get_peft_config(model_args)
+    config = read_lora_config(model_args)
     if config is None:
         return model
-    if not model_args.lora_target_modules:
-        config.target_modules = "all-linear"
-    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+    config.task_type = TaskType.SEQ_CLS
+    config.modules_to_save = [*(config.modules_to_save or []), "score"]
     return get_peft_model(model, config)
 
 
@@ -140,14 +146,14 @@ def make_classifier(
     base: Any, tokenizer: Any, labels: list[str], model_args: ModelConfig | None = None
 ) -> PreTrainedModel:
     """The base model's blocks under a new head, one output a label."""
-    asked = model_args.attn_implementation if model_args else None
+    model_args = model_args or ModelConfig()
     return AutoModelForSequenceClassification.from_pretrained(
         base,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
         pad_token_id=tokenizer.pad_token_id,
-        dtype=torch.float32,
-        attn_implementation=asked or choose_attention(),
+        dtype=model_args.dtype or "float32",
+        attn_implementation=model_args.attn_implementation or choose_attention(),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import quick_arguments
+from conftest import quick_arguments, read_lines
 from transformers import AutoTokenizer, pipeline
 from trl import ModelConfig
 
@@ -167,6 +167,21 @@ def test_a_classifier_learns_and_loads_everywhere(base_dir, tmp_path, capsys, me
     classify_main(type("A", (), {"directory": str(output), "text": texts, "file": None}))
     said = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     assert [line[2] for line in said] == texts and said[0][0] == "praise"
+
+
+def test_labels_are_smoothed_where_the_recipe_says_so(base_dir, tmp_path):
+    file = write_rows(tmp_path / "x", make_rows(praise=40, complaint=40))
+    model_args, losses = ModelConfig(model_name_or_path=str(base_dir)), []
+    for factor in (0.0, 0.5):
+        changes = {"label_smoothing_factor": factor, "max_steps": 4, "save_strategy": "no"}
+        settings = quick_arguments(tmp_path / "out", learning_rate=1e-2, bf16=False, **changes)
+        main(ClassifierArguments([file], max_length=32), settings, model_args)
+        lines = read_lines(tmp_path / "out/metrics.jsonl")
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert abs(losses[0][-1] - losses[1][-1]) > 0.01
+    model_args.load_in_4bit = True
+    with pytest.raises(ValueError, match="load_in_4bit=True, which this stage does not read"):
+        main(ClassifierArguments([file]), settings, model_args)
 
 
 def test_padding_does_not_change_a_label(base_dir):

@@ -116,6 +116,15 @@ def test_only_a_reward_model_pays_and_only_a_chat_model_is_trained(
         load_model(ModelConfig(model_name_or_path=str(reward_dir)), chat_tokenizer)
 
 
+def test_a_recipes_dtype_and_modules_are_the_reward_models(base_dir, chat_tokenizer):
+    model_args = ModelConfig(
+        model_name_or_path=str(base_dir), dtype="bfloat16", use_peft=True,
+        lora_modules_to_save=["wpe"],
+    )  # fmt: skip
+    assert make_reward_model(model_args, chat_tokenizer).dtype == torch.bfloat16
+    assert make_reward_lora(model_args, chat_tokenizer).modules_to_save == ["wpe", "score"]
+
+
 def make_trainer(base_dir, tokenizer, tmp_path, model_args=None, **changes):
     model_args = model_args or ModelConfig(model_name_or_path=str(base_dir))
     trainer = RewardTrainer(

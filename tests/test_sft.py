@@ -18,6 +18,7 @@ from sft.model import (
     load_model,
     make_lora_config,
     merge_adapter,
+    refuse_unread,
     set_stop_tokens,
 )
 from sft.rendering import render
@@ -105,6 +106,37 @@ def test_four_bits_without_lora_is_refused(base_dir, chat_tokenizer):
     model_args = ModelConfig(model_name_or_path=str(base_dir), load_in_4bit=True)
     with pytest.raises(ValueError, match="needs use_peft"):
         load_model(model_args, chat_tokenizer)
+
+
+def test_a_lora_is_what_the_recipe_says(base_dir, chat_tokenizer):
+    given = {"model_name_or_path": str(base_dir), "use_peft": True}
+    for asked, expected in (
+        (None, "all-linear"), (["all-linear"], "all-linear"), (["c_attn"], {"c_attn"})
+    ):  # fmt: skip
+        model_args = ModelConfig(**given)
+        model_args.lora_target_modules = asked  # as stages.parse_args leaves it
+        assert make_lora_config(model_args, chat_tokenizer).target_modules == expected
+    with pytest.raises(ValueError, match="has lm_head: of it the chat tokens' rows are"):
+        make_lora_config(ModelConfig(**given, lora_modules_to_save=["lm_head"]), chat_tokenizer)
+
+
+def test_what_would_be_ignored_is_refused(base_dir, chat_tokenizer, tmp_path):
+    quiet = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": []}
+    for change in ({"eos_token": "<eos>"}, {"pad_token": "<eos>"}, {"model_init_kwargs": {"a": 1}}):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"{name}=.*which this stage does not read"):
+            refuse_unread(SFTConfig(**quiet | change))
+    smooth = SFTConfig(**quiet, label_smoothing_factor=0.1)
+    refuse_unread(smooth)  # SFT has it
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1, .* read: none. Leave it out"):
+        refuse_unread(smooth, label_smoothing_factor="none")
+    with pytest.raises(ValueError, match="model_revision='v1'"):
+        refuse_unread(smooth, ModelConfig(model_revision="v1"))
+    eight = ModelConfig(model_name_or_path=str(base_dir), load_in_8bit=True)
+    with pytest.raises(ValueError, match="load_in_8bit needs use_peft"):
+        load_model(eight, chat_tokenizer)
+    auto = ModelConfig(model_name_or_path=str(base_dir), dtype="auto")
+    assert load_model(auto, chat_tokenizer).dtype == torch.float32
 
 
 def test_an_evaluation_does_not_change_the_training_of_a_4_bit_model(
