@@ -17,7 +17,7 @@ class ChatTrainer(SFTTrainer):
     as without weights, so that 0.5 on every token is half the learning rate and no more.
 
     Raises:
-        ValueError: weights and packing, which would lose them.
+        ValueError: weights with what would lose them: packing, another loss, smoothed labels.
     """
 
     def __init__(self, *args, train_dataset=None, **kwargs):
@@ -29,6 +29,12 @@ class ChatTrainer(SFTTrainer):
             raise ValueError(
                 "packing: true keeps no loss_weight but 0 and 1; set packing: false, or give the "
                 "rows weights of 0 and 1"
+            )
+        if self.args.loss_type != "nll" or self.args.label_smoothing_factor:
+            raise ValueError(
+                f"loss_type={self.args.loss_type!r} with label_smoothing_factor="
+                f"{self.args.label_smoothing_factor} would not weigh a token by its loss_weight: "
+                "set loss_type: nll and no smoothing, or give the rows weights of 0 and 1"
             )
         self.data_collator = WeightedCollator(self.data_collator)
 

@@ -85,6 +85,7 @@ def main(args: SFTArguments, training_args: SFTConfig, model_args: ModelConfig) 
     set_seed(training_args.seed)
     tokenizer = load_chat_tokenizer(base, training_args.chat_template_path)
     training_args.chat_template_path = None  # it is in the tokenizer now
+    training_args.assistant_only_loss = False  # the rows' own masks say it, and TRL asks for text
     model = load_model(model_args, tokenizer)
     training_args.max_length = check_max_length(training_args.max_length, model)
     splits, summary = load_data(args, tokenizer, training_args)

@@ -152,6 +152,9 @@ def test_weights_and_packing_are_refused_together(make_trainer, chat_tokenizer):
     rendered, _ = render(make_rows((0.5,)), chat_tokenizer, 64)
     with pytest.raises(ValueError, match="packing: true keeps no loss_weight"):
         make_trainer(rendered, packing=True)
+    for change in ({"loss_type": "dft"}, {"label_smoothing_factor": 0.1}):
+        with pytest.raises(ValueError, match="would not weigh a token by its loss_weight"):
+            make_trainer(rendered, **change)
 
 
 @pytest.mark.parametrize("peft", [False, True])
