@@ -168,7 +168,16 @@ def holds_control(messages: list[dict], control: re.Pattern) -> bool:
 def fit_prompts(
     rows: list[dict], tokenizer: Any, max_length: int, summary: DataSummary
 ) -> list[dict]:
-    """Prompts of at most `max_length` tokens without `HOLDS_CONTROL`; others go to `summary`."""
+    """Prompts of at most `max_length` tokens without `HOLDS_CONTROL`; others go to `summary`.
+
+    Raises:
+        ValueError: no prompt is left, or there is no room for any.
+    """
+    if max_length < 1:
+        raise ValueError(
+            f"max_completion_length leaves {max_length} tokens of the model's context for a "
+            "prompt: lower it"
+        )
     control, kept = control_pattern(tokenizer), []
     for number, row in enumerate(rows, start=1):
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]

@@ -58,8 +58,9 @@ class PPOConfig(GRPOConfig):
                 raise ValueError(f"PPO cannot use {name}={getattr(self, name)!r}: {advice}. "
                                  f"Remove the setting or set it to {accepted!r}.")
         inf = float("inf")  # beta > 0, because without it TRL loads no reference to stay close to
-        for low, names, high in ((1e-8, "beta kl_target cliprange_value", inf),
-                                 (0.0, "vf_coef missing_eos_penalty", inf), (0.0, "gamma lam", 1.0),
+        for low, names, high in ((1e-8, "beta kl_target cliprange_value temperature", inf),
+                                 (0.0, "vf_coef missing_eos_penalty value_learning_rate", inf),
+                                 (0.0, "gamma lam", 1.0),
                                  (1, "num_generations num_iterations", inf)):
             for name in names.split():
                 if (value := getattr(self, name)) is not None and not low <= value <= high:

@@ -249,7 +249,8 @@ class PPOTrainer(FastRollouts, GRPOTrainer):
             for group in list(super().create_optimizer(self.policy_and_value).param_groups):
                 own = [parameter for parameter in group["params"] if id(parameter) in critic]
                 group["params"] = [p for p in group["params"] if id(p) not in critic]
-                lr = self.args.value_learning_rate or group["lr"]
+                lr = self.args.value_learning_rate  # 0: the critic stays what it was
+                lr = group["lr"] if lr is None else lr
                 self.optimizer.add_param_group({**group, "params": own, "lr": lr})
         return self.optimizer
 

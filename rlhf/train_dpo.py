@@ -54,6 +54,8 @@ class DPOArguments:
 def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     """Load data and model, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    if training_args.beta <= 0:
+        raise ValueError(f"beta={training_args.beta} gives no pair a margin; 0.1 is usual")
     refuse_unread(training_args, model_args, label_smoothing_factor="DPO's is label_smoothing")
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     inputs = [base]

@@ -14,6 +14,7 @@ Writes  a chat model that from_pretrained loads; answers.jsonl, metrics.jsonl, e
         --deepspeed configs/deepspeed/zero2.json
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -76,6 +77,7 @@ class GRPOArguments:
 def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig) -> None:
     """Load tasks and models, train or resume, merge and save, evaluate, record."""
     set_up_process(training_args)
+    check_settings(args, training_args)
     refuse_unread(training_args, model_args, **UNREAD_BY_POLICIES)
     base = stages.require_input(model_args.model_name_or_path, "config.json", "tokenizer.json")
     reward_funcs = make_reward_functions(args.reward_funcs, training_args.max_completion_length)
@@ -118,6 +120,25 @@ def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig
             training_args.output_dir, args.eval_config, args.reward_model, base
         )
         run.finish(metrics, data=summary.to_dict(), **outcome, **parity)
+
+
+def check_settings(args: GRPOArguments, training_args: GRPOConfig) -> None:
+    """Raise a ValueError for settings that would be ignored, or leave nothing to learn from."""
+    if training_args.temperature <= 0:
+        raise ValueError(
+            f"temperature={training_args.temperature} gives every answer to a prompt the same "
+            "words, and so the same reward: GRPO learns from their differences. 1.0 is usual"
+        )
+    if training_args.max_steps == 0:
+        raise ValueError("max_steps=0 trains nothing; leave it out to go by num_train_epochs")
+    if "verifier" not in args.reward_funcs and (args.kinds or args.max_level is not None):
+        raise ValueError(
+            f"kinds={args.kinds} and max_level={args.max_level} choose among tasks, and without "
+            "`reward_funcs: verifier` the rows are read as prompts: leave them out"
+        )
+    weights, names = training_args.reward_weights, args.reward_funcs
+    if weights and len(weights) != len(names):
+        raise ValueError(f"reward_weights={weights}: give one to each of reward_funcs={names}")
 
 
 def count_positions_of_reference(trainer: GRPOTrainer) -> None:
@@ -173,15 +194,17 @@ def lay_out_run(rows: list[dict], training_args: GRPOConfig, curriculum: bool) -
     args = training_args
     passes = args.steps_per_generation * args.num_iterations
     micro_steps = args.gradient_accumulation_steps
-    if args.save_strategy == "steps" and args.save_steps * micro_steps % passes:
-        raise ValueError(
-            f"save_steps={args.save_steps} would save in the middle of a rollout, which serves "
-            f"{passes // micro_steps} steps: make it a multiple of that"
-        )
     prompts = args.generation_batch_size // args.num_generations  # of a rollout
     if args.max_steps <= 0:
         rollouts = max(int(args.num_train_epochs * len(rows)) // prompts, 1)
         args.max_steps = max(rollouts * passes // micro_steps, 1)
+    save_steps = args.save_steps  # below 1: a share of the run
+    save_steps = math.ceil(args.max_steps * save_steps) if save_steps < 1 else save_steps
+    if args.save_strategy == "steps" and save_steps * micro_steps % passes:
+        raise ValueError(
+            f"save_steps={save_steps} would save in the middle of a rollout, which serves "
+            f"{passes // micro_steps} steps: make it a multiple of that"
+        )
     rollouts = -(-args.max_steps * micro_steps // passes)
     levels = [row.get("level", 1) for row in rows]
     seed = args.seed if args.shuffle_dataset else None

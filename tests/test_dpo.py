@@ -189,3 +189,5 @@ def test_pairs_have_to_fit_the_context(base_dir, tmp_path):
     with pytest.raises(ValueError, match="max_length=1024: the model reads 64 tokens at most"):
         run_main(base_dir, tmp_path, max_length=1024)
     assert run_main(base_dir, tmp_path, max_length=None)["finished"]
+    with pytest.raises(ValueError, match="beta=0.0 gives no pair a margin"):
+        run_main(base_dir, tmp_path, beta=0.0)

@@ -248,6 +248,13 @@ def test_training_raises_the_reward_and_the_critic_learns(policy_dir, tokenizer,
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [3e-3, 3e-3, 1e-2, 1e-2]
 
 
+def test_a_rate_of_0_leaves_the_critic_as_it_was(policy_dir, tokenizer, prompts, tmp_path):
+    trainer = _trainer(policy_dir, tokenizer, prompts, tmp_path, value_learning_rate=0.0)
+    before = copy.deepcopy(trainer.value_model.state_dict())
+    trainer.train()
+    assert all(torch.equal(w, before[n]) for n, w in trainer.value_model.state_dict().items())
+
+
 def test_saved_policy_is_a_plain_model(recorded, tmp_path):
     recorded.save_model(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -323,6 +330,7 @@ def test_positions_start_at_the_first_real_token():
         ({"beta": 0.0}, "beta.*got 0.0"),
         ({"lam": 1.5}, "lam <= 1.0, got 1.5"),
         ({"missing_eos_penalty": -1.0}, "got -1.0"),
+        ({"temperature": 0.0}, "temperature <= inf, got 0.0"),
     ],
 )
 def test_settings_that_ppo_cannot_honour_are_refused(settings, message, tmp_path):

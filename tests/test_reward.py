@@ -244,6 +244,8 @@ def test_a_text_with_a_control_token_is_left_out(chat_tokenizer, tmp_path):
     prompts, summary = load_prompts(str(path))
     assert fit_prompts(prompts, chat_tokenizer, 64, summary) == prompts[:1]
     assert summary.dropped == {HOLDS_CONTROL: ["prompt 2"]}
+    with pytest.raises(ValueError, match="max_completion_length leaves -3 tokens"):
+        fit_prompts(prompts, chat_tokenizer, -3, summary)
 
 
 def test_identical_pairs_are_named_twenty_at_most():

@@ -7,7 +7,13 @@ from trl import GRPOConfig
 from pretrain.hardware import training_defaults
 from rlhf.probe import Outcome, check_outcomes, choose_rows, require_mixed_outcomes, show_outcomes
 from rlhf.reward_functions import verifiable_reward
-from rlhf.train_grpo import choose_tasks, lay_out_run, order_prompts
+from rlhf.train_grpo import (
+    GRPOArguments,
+    check_settings,
+    choose_tasks,
+    lay_out_run,
+    order_prompts,
+)
 from sft.data import DataSummary
 from sft.model import load_model
 from sft.train import load_chat_tokenizer
@@ -72,6 +78,28 @@ def test_the_whole_run_is_laid_out(tmp_path):
     assert (len(data), args.max_steps, args.shuffle_dataset) == (12, 3, False)
     args = make_args(tmp_path, max_steps=5, num_iterations=2, save_strategy="no")
     assert len(lay_out_run(rows, args, curriculum=False)) == 3 * 2  # of 2 prompts for 2 steps
+
+
+    args = make_args(tmp_path, max_steps=8, save_steps=0.5, num_iterations=4)
+    lay_out_run(rows, args, curriculum=False)  # half of the run: step 4, the end of a rollout
+    with pytest.raises(ValueError, match="save_steps=2 would save in the middle of a rollout"):
+        lay_out_run(rows, make_args(tmp_path, max_steps=8, save_steps=0.25, num_iterations=4), 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "message"),
+    [
+        ({}, {"temperature": 0.0}, "learns from their differences"),
+        ({}, {"max_steps": 0}, "max_steps=0 trains nothing"),
+        ({"reward_funcs": ["answer_format"], "max_level": 1}, {}, "max_level=1 choose among tasks"),
+        ({"reward_funcs": ["a/b"], "kinds": ["sum"]}, {}, "kinds=.'sum'. and"),
+        ({}, {"reward_weights": [1.0, 2.0]}, "give one to each of reward_funcs=.'verifier'"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(tmp_path, own, settings, message):
+    check_settings(GRPOArguments(max_level=1, kinds=["sum"]), make_args(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        check_settings(GRPOArguments(**own), make_args(tmp_path, **settings))
 
 
 def outcome(level, rewards, cut=False):
