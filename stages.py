@@ -217,9 +217,11 @@ def start_run(
 
     Raises:
         FileNotFoundError: `--resume_from_checkpoint` names no whole checkpoint.
-        ValueError: the interrupted run took another batch a step.
+        ValueError: the interrupted run took another batch a step, or `output_dir` is an input.
     """
     directory, inputs = Path(output_dir), list(inputs)
+    if directory.resolve() in (Path(one).resolve() for one in inputs):
+        raise ValueError(f"output_dir={directory} is what the stage reads: name another directory")
     asked = next((a.resume_from_checkpoint for a in arguments if _trains(a)), None)
     if asked and not _is_in(asked, directory):
         inputs = [*inputs, asked]  # another run's: it decides the result

@@ -7,7 +7,7 @@ Writes a model that from_pretrained loads, with the comparison in run.json.
 
 import argparse
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from transformers import AutoTokenizer
 
 import stages
@@ -17,7 +17,13 @@ from sft.model import merge_adapter, set_stop_tokens
 def main(adapter: str, base: str | None, tokenizer_dir: str | None, output_dir: str) -> None:
     """Write the merged model and its tokenizer, and print what the merge changed."""
     stages.require_input(adapter, "adapter_config.json")
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = PeftConfig.from_pretrained(adapter)
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
+        raise ValueError(
+            f"{adapter} is an adapter for {config.task_type}: without its head it would become a "
+            "chat model. A reward model's or a classifier's stage writes it merged, beside adapter/"
+        )
+    base = base or config.base_model_name_or_path
     run = stages.start_run("merge", output_dir, [], [base, adapter])
     words = [adapter, "--base", base, "--output_dir", output_dir]
     words += ["--tokenizer", tokenizer_dir] if tokenizer_dir else []

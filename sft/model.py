@@ -238,6 +238,7 @@ def merge_adapter(
         of the way that its embedding went, relative to where it began.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    require_generator(base, model.config.architectures)
     add_chat_tokens(model, tokenizer)
     chat_tokens = find_chat_tokens(tokenizer)
     start = model.get_input_embeddings().weight.detach()[chat_tokens].clone()

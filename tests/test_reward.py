@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 from trl import ModelConfig, RewardConfig, RewardTrainer
@@ -23,6 +24,7 @@ from rlhf.reward_model import (
 )
 from rlhf.train_reward import RewardArguments, evaluate_reward_model
 from sft.data import DataSummary
+from sft.merge import main as merge
 from sft.model import load_model, restore_precision
 from sft.train import load_chat_tokenizer
 
@@ -114,6 +116,15 @@ def test_only_a_reward_model_pays_and_only_a_chat_model_is_trained(
         require_judge(tmp_path / "classifier", base_dir)
     with pytest.raises(ValueError, match="scores texts and writes none"):
         load_model(ModelConfig(model_name_or_path=str(reward_dir)), chat_tokenizer)
+
+
+def test_a_reward_models_adapter_makes_no_chat_model(base_dir, chat_tokenizer, tmp_path):
+    model_args = ModelConfig(model_name_or_path=str(base_dir), use_peft=True)
+    model = make_reward_model(model_args, chat_tokenizer)
+    lora = get_peft_model(model, make_reward_lora(model_args, chat_tokenizer))
+    lora.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is an adapter for SEQ_CLS: without its head"):
+        merge(str(tmp_path / "adapter"), str(base_dir), str(base_dir), str(tmp_path / "merged"))
 
 
 def test_a_recipes_dtype_and_modules_are_the_reward_models(base_dir, chat_tokenizer):

@@ -144,6 +144,13 @@ def test_a_finished_run_is_redone_when_anything_it_depends_on_changes(tmp_path, 
         assert not stages.is_unchanged(out, argv), path
 
 
+def test_a_stage_does_not_write_into_what_it_reads(tmp_path, words):
+    stages.start_run("sft", tmp_path / "sft", []).finish()
+    with pytest.raises(ValueError, match="is what the stage reads: name another"):
+        stages.start_run("dpo", tmp_path / "dpo/../sft", [], [tmp_path / "sft"])
+    assert stages.read_json(tmp_path / "sft/run.json")["stage"] == "sft"
+
+
 def test_launcher_flags_do_not_make_another_run(tmp_path, words):
     stages.start_run("sft", tmp_path / "sft", []).finish()
     argv = ["--local_rank=0", "--deepspeed", "configs/deepspeed/zero2.json"]
