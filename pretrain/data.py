@@ -1,7 +1,8 @@
 """Packed blocks for the trainer."""
 
+import hashlib
 import os
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,13 +28,19 @@ def spread_blocks(blocks: Dataset, count: int) -> Dataset:
 
 
 def unpack_documents(blocks: Dataset, tokenizer, limit: int) -> list[str]:
-    """The text of the first `limit` documents of packed blocks; the last of all may be cut."""
+    """The text of at most `limit` documents of packed blocks; the last of all may be cut.
+
+    They are chosen by their hash: from all files, and the same ones whatever the tokenizer.
+    """
     whole = torch.cat(list(blocks["input_ids"]))
     ids = whole.tolist()
     starts = find_starts(whole, tokenizer.bos_token_id, tokenizer.eos_token_id)
     starts = starts.nonzero().flatten().tolist()
-    documents = (ids[start:end] for start, end in pairwise([*starts, len(ids)]))
-    return tokenizer.batch_decode(list(islice(documents, limit)), skip_special_tokens=True)
+    documents = [ids[start:end] for start, end in pairwise([*starts, len(ids)])]
+    texts = tokenizer.batch_decode(documents, skip_special_tokens=True)
+    hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
+    chosen = sorted(range(len(texts)), key=hashes.__getitem__)[:limit]
+    return [texts[i] for i in sorted(chosen)]
 
 
 def find_starts(
