@@ -24,6 +24,7 @@ from pretrain.hardware import set_up_process, training_defaults
 from rlhf.eval import evaluate_implicit_rewards, evaluate_policy
 from rlhf.guards import watch_guards
 from rlhf.pairs import check_shared_prompts, load_pairs, share_on_disk
+from rlhf.reference import keep_reference
 from rlhf.reward_model import require_judge
 from sft.model import (
     check_max_length,
@@ -86,6 +87,7 @@ def main(args: DPOArguments, training_args: DPOConfig, model_args: ModelConfig) 
     complete_head(trainer.model)
     watch(trainer, *watch_guards(trainer, args.eval_config, run))
     explain_logs()
+    keep_reference(trainer, run.checkpoint)
     train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():

@@ -30,6 +30,7 @@ from rlhf.data import fit_prompts, load_prompts
 from rlhf.eval import evaluate_policy
 from rlhf.guards import UNREAD_BY_POLICIES, watch_guards
 from rlhf.probe import require_mixed_outcomes
+from rlhf.reference import keep_reference
 from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
 from rlhf.reward_model import require_judge
 from rlhf.rollouts import FastGRPOTrainer
@@ -113,6 +114,7 @@ def main(args: GRPOArguments, training_args: GRPOConfig, model_args: ModelConfig
     complete_head(trainer.model)
     count_positions_of_reference(trainer)
     watch(trainer, *watch_guards(trainer, args.eval_config, run))
+    keep_reference(trainer, run.checkpoint)
     train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():

@@ -28,6 +28,7 @@ from rlhf.eval import evaluate_policy
 from rlhf.guards import UNREAD_BY_POLICIES, watch_guards
 from rlhf.ppo_config import PPOConfig
 from rlhf.ppo_trainer import PPOTrainer
+from rlhf.reference import keep_reference
 from rlhf.reward_functions import REWARD_NAMES, make_reward_functions
 from rlhf.reward_model import require_judge
 from sft.model import (
@@ -88,6 +89,7 @@ def main(args: PPOArguments, training_args: PPOConfig, model_args: ModelConfig) 
     )
     complete_head(trainer.model)
     watch(trainer, *watch_guards(trainer, args.eval_config, run))
+    keep_reference(trainer, run.checkpoint)
     train_or_resume(trainer, run)
     parity = save_chat_model(trainer, tokenizer, base)
     if trainer.is_world_process_zero():

@@ -74,6 +74,15 @@ def test_a_killed_run_ends_in_the_same_weights(alone, settings, tmp_path):
     assert not (tmp_path / "killed/pairs").exists()
 
 
+def test_a_killed_run_goes_on_with_the_reference_that_it_had(settings, tmp_path):
+    changes = {"sync_ref_model": "true", "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.9}
+    changes |= {"precompute_ref_log_probs": "false"}
+    run("rlhf.train_dpo", settings, tmp_path / "whole", **changes).finish()
+    assert_killed_is_whole(
+        "rlhf.train_dpo", settings, tmp_path / "whole", tmp_path / "killed", **changes
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("module", STAGES)
 def test_a_killed_run_with_lora_dropout_ends_in_the_same_weights(module, settings, tmp_path):
