@@ -109,6 +109,8 @@ def require_input(directory: str | os.PathLike, *files: str) -> Path:
 
 
 def _command_for(directory: Path) -> str:
+    if (directory / "adapter_config.json").is_file():
+        return f"It is a LoRA adapter: merge it first, python -m sft.merge {directory} --output_dir"
     if directory.name not in STAGES | BRANCHES:
         return "Name a directory that holds a model, or a name on the Hub."
     recipe = directory.parent.name or "tiny"

@@ -79,7 +79,21 @@ class Conversation:
 
 
 def make_sampling(args: argparse.Namespace) -> dict:
-    """The keyword arguments of `generate` for the flags of the command line."""
+    """The keyword arguments of `generate` for the flags of the command line.
+
+    Raises:
+        ValueError: a flag with which nothing can be said.
+    """
+    for name, fine, wanted in (
+        ("max_new_tokens", args.max_new_tokens >= 1, "1 or more"),
+        ("num_beams", args.num_beams >= 1, "1 or more"),
+        ("temperature", args.temperature >= 0, "0 or more"),
+        ("top_k", args.top_k >= 0, "0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "above 0, and 1 at most"),
+        ("repetition_penalty", args.repetition_penalty > 0, "above 0"),
+    ):
+        if not fine:
+            raise ValueError(f"--{name} {getattr(args, name)}: it has to be {wanted}")
     sampling = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
     sampling["repetition_penalty"] = args.repetition_penalty
     if args.greedy or args.num_beams > 1 or args.temperature == 0:

@@ -69,6 +69,16 @@ class EvalArguments:
         default=None, metadata={"help": "a folder a model goes here; default: the models' own"}
     )
 
+    def __post_init__(self):
+        for name in ("max_rows", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it has to be 1 or more")
+        if self.samples < 0 or (self.samples and self.temperature <= 0):
+            raise ValueError(
+                f"samples={self.samples} at temperature={self.temperature}: answers are sampled "
+                "above 0; the greedy one is always measured"
+            )
+
 
 def read_eval_config(eval_config: str | None) -> EvalArguments | None:
     """Read the YAML and find its files, before hours of training that end in this evaluation.
@@ -246,7 +256,7 @@ def generate_answers(
         }
         output = model.generate(
             **{key: torch.tensor(value, device=model.device) for key, value in batch.items()},
-            max_new_tokens=min(max_new_tokens, room),
+            max_new_tokens=min(max_new_tokens, context - width),
             **({"do_sample": False} | sampling),
         )
         for i, ids in zip(chosen, output[:, width:].tolist(), strict=True):

@@ -1,6 +1,7 @@
 """SFT: what is trained, how LoRA is merged, how answers are generated and measured."""
 
 import importlib.util
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from pretrain.callbacks import MetricsFile, StopOnNaN
 from pretrain.modeling_gpt import GPT2LMHeadModel
-from sft.chat import Conversation
-from sft.eval import generate_answers, measure_answers, repetition
+from sft.chat import Conversation, make_sampling
+from sft.eval import EvalArguments, generate_answers, measure_answers, repetition
 from sft.model import (
     check_vocabulary,
     complete_head,
@@ -21,7 +22,7 @@ from sft.model import (
     refuse_unread,
     set_stop_tokens,
 )
-from sft.rendering import render
+from sft.rendering import encode_prompt, render
 from sft.train import load_chat_tokenizer
 
 ROWS = [
@@ -186,6 +187,31 @@ def test_batched_answers_equal_single_ones(base_dir, chat_tokenizer):
     together = generate_answers(model, chat_tokenizer, rows, 12, batch_size=2)
     alone = [generate_answers(model, chat_tokenizer, [row], 12, 1)[0] for row in rows]
     assert [row["ids"] for row in together] == [row["ids"] for row in alone]
+
+
+def test_flags_with_which_nothing_can_be_said_are_refused():
+    for change in ({"max_new_tokens": 0}, {"batch_size": 0}, {"max_rows": 0}, {"samples": -1}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            EvalArguments(**change)
+    with pytest.raises(ValueError, match="temperature=0"):
+        EvalArguments(samples=2, temperature=0)
+    flags = {"max_new_tokens": 8, "num_beams": 1, "temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    flags |= {"repetition_penalty": 1.0, "greedy": False}
+    assert make_sampling(Namespace(**flags))["do_sample"]
+    for change in ({"max_new_tokens": 0}, {"num_beams": 0}, {"temperature": -1.0}, {"top_k": -5},
+                   {"top_p": 2.0}, {"repetition_penalty": 0.0}):  # fmt: skip
+        with pytest.raises(ValueError, match=f"--{next(iter(change))} .*: it has to be"):
+            make_sampling(Namespace(**flags | change))
+
+
+def test_a_long_prompt_does_not_cut_the_answers_to_others(base_dir, chat_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(base_dir).eval()
+    model.generation_config.eos_token_id = [3]
+    texts = ("12 + 30 = 42. " * 3, "Hi")
+    rows = [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+    assert 44 < len(encode_prompt(rows[0]["prompt"], chat_tokenizer)) < 64
+    long, short = generate_answers(model, chat_tokenizer, rows, 20, batch_size=1)
+    assert long["tokens"] < 20 and (short["tokens"] == 20 or short["finished"])
 
 
 def test_a_prompt_longer_than_the_context_is_refused(base_dir, chat_tokenizer):

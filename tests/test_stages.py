@@ -52,6 +52,12 @@ def test_a_missing_file_and_an_unfinished_run_are_refused(tmp_path):
         stages.require_input(unfinished)
 
 
+def test_an_adapter_in_place_of_a_model_names_the_command_that_merges_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="It is a LoRA adapter: .* python -m sft.merge"):
+        stages.require_input(tmp_path, "config.json")
+
+
 def test_a_changed_tokenizer_or_template_is_refused(tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja"):
         directory = make_stage(tmp_path / name / "sft", **{"chat_template.jinja": "{}"})
