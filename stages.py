@@ -67,6 +67,9 @@ BRANCHES = {"classifier": Stage("sft.train_classifier", True), "merge": Stage("s
 PROCESS_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 PROCESS_COUNTS += ("SLURM_STEP_NUM_TASKS",)  # of this srun, not of the whole job
 WHOLE = "complete.json"  # written last into a checkpoint; without it there is no checkpoint
+# What a run may leave and the next one in its place not write: it would pass for the next one's.
+LEFT_BY_A_RUN = ("run.json", "eval.json", "metrics.jsonl", "answers.jsonl", "texts.jsonl")
+LEFT_BY_A_RUN += ("guards.jsonl", "curves.png", "margins.png")
 BESIDE = "saving.partial"  # where an output is written before it is moved into place
 
 
@@ -368,9 +371,10 @@ def _clear(directory: Path, checkpoint: str | None) -> None:
     for path in directory.glob("checkpoint-*"):
         if not (own and path in whole and _step(path) <= _step(Path(checkpoint))):
             remove_checkpoint(path)
-    if checkpoint is None:
-        for name in ("run.json", "eval.json", "metrics.jsonl", "answers.jsonl"):
+    if not own:
+        for name in LEFT_BY_A_RUN:
             (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "adapter", ignore_errors=True)
 
 
 def wait_for_all_processes() -> None:

@@ -6,6 +6,7 @@ Writes a model that from_pretrained loads, with the comparison in run.json.
 """
 
 import argparse
+from pathlib import Path
 
 from peft import PeftConfig, TaskType
 from transformers import AutoTokenizer
@@ -24,6 +25,8 @@ def main(adapter: str, base: str | None, tokenizer_dir: str | None, output_dir: 
             "chat model. A reward model's or a classifier's stage writes it merged, beside adapter/"
         )
     base = base or config.base_model_name_or_path
+    if Path(output_dir).resolve() == Path(adapter).resolve().parent:
+        raise ValueError(f"{output_dir} holds the model that the adapter came with: name another")
     run = stages.start_run("merge", output_dir, [], [base, adapter])
     words = [adapter, "--base", base, "--output_dir", output_dir]
     words += ["--tokenizer", tokenizer_dir] if tokenizer_dir else []

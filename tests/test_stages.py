@@ -157,6 +157,18 @@ def test_a_stage_does_not_write_into_what_it_reads(tmp_path, words):
     assert stages.read_json(tmp_path / "sft/run.json")["stage"] == "sft"
 
 
+def test_nothing_of_an_earlier_run_passes_for_the_next_ones(tmp_path, words):
+    out, other = tmp_path / "sft", write_checkpoint(tmp_path / "other", 10)
+    for asked in (None, other):
+        (out / "adapter").mkdir(parents=True)
+        for name in ("texts.jsonl", "guards.jsonl", "metrics.jsonl", "adapter/weights"):
+            (out / name).write_text("old")
+        run = stages.start_run("sft", out, [Training(asked)])
+        assert run.checkpoint == asked
+        assert [path.name for path in out.iterdir()] == ["run.json"]
+        run.finish()
+
+
 def test_launcher_flags_do_not_make_another_run(tmp_path, words):
     stages.start_run("sft", tmp_path / "sft", []).finish()
     argv = ["--local_rank=0", "--deepspeed", "configs/deepspeed/zero2.json"]
