@@ -162,11 +162,12 @@ def make_lora_config(
     config = read_lora_config(model_args)
     if config is None:
         return None
-    if whole := EMBEDDINGS & set(config.modules_to_save or []):
+    named = {*(config.modules_to_save or []), *(model_args.lora_target_modules or [])}
+    if named := ", ".join(sorted(EMBEDDINGS & named)):
         raise ValueError(
-            f"lora_modules_to_save has {', '.join(sorted(whole))}: of it the chat tokens' rows are "
-            "trained already, and PEFT cannot train it whole as well. Leave it out, or "
-            "train all of the model: use_peft: false"
+            f"lora_modules_to_save or lora_target_modules has {named}: of it the chat tokens' rows "
+            "are trained already, and PEFT cannot train more of it as well. Leave it out, or train "
+            "all of the model: use_peft: false"
         )
     config.trainable_token_indices = find_chat_tokens(tokenizer) or None
     is_tied = model is None or model.config.tie_word_embeddings

@@ -117,8 +117,10 @@ def test_a_lora_is_what_the_recipe_says(base_dir, chat_tokenizer):
         model_args = ModelConfig(**given)
         model_args.lora_target_modules = asked  # as stages.parse_args leaves it
         assert make_lora_config(model_args, chat_tokenizer).target_modules == expected
-    with pytest.raises(ValueError, match="has lm_head: of it the chat tokens' rows are"):
-        make_lora_config(ModelConfig(**given, lora_modules_to_save=["lm_head"]), chat_tokenizer)
+    head = ["c_attn", "lm_head"]
+    for change in ({"lora_modules_to_save": head}, {"lora_target_modules": head}):
+        with pytest.raises(ValueError, match="has lm_head: of it the chat tokens' rows are"):
+            make_lora_config(ModelConfig(**given, **change), chat_tokenizer)
 
 
 def test_what_would_be_ignored_is_refused(base_dir, chat_tokenizer, tmp_path):
