@@ -162,14 +162,14 @@ def make_lora_config(
     config = read_lora_config(model_args)
     if config is None:
         return None
+    config.trainable_token_indices = find_chat_tokens(tokenizer) or None
     named = {*(config.modules_to_save or []), *(model_args.lora_target_modules or [])}
-    if named := ", ".join(sorted(EMBEDDINGS & named)):
+    if config.trainable_token_indices and (named := ", ".join(sorted(EMBEDDINGS & named))):
         raise ValueError(
             f"lora_modules_to_save or lora_target_modules has {named}: of it the chat tokens' rows "
             "are trained already, and PEFT cannot train more of it as well. Leave it out, or train "
             "all of the model: use_peft: false"
         )
-    config.trainable_token_indices = find_chat_tokens(tokenizer) or None
     is_tied = model is None or model.config.tie_word_embeddings
     if config.trainable_token_indices and not is_tied:
         layers = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -25,7 +25,13 @@ from pretrain.callbacks import watch
 from pretrain.checkpoints import check_saved_weights, move_into_place, save_model, train_or_resume
 from pretrain.hardware import set_up_process, training_defaults
 from pretrain.optimizer import make_optimizer
-from sft.data import load_conversations, load_mixture, split_rows
+from sft.data import (
+    DataSummary,
+    get_first_user,
+    load_conversations,
+    load_mixture,
+    split_rows,
+)
 from sft.eval import evaluate_stage, load_for_generation, read_eval_config
 from sft.loss import ChatTrainer, held_out_loss
 from sft.model import (
@@ -150,21 +156,26 @@ def load_data(args: SFTArguments, tokenizer, training_args: SFTConfig):
     """
     train, summary = load_mixture(args.data_files, training_args.seed)
     splits = {"train": train, "validation": [], "test": []}
+    held_out = {"validation": DataSummary(), "test": DataSummary()}
     files = {"validation": args.validation_files, "test": args.test_files}
     shares = {"validation": args.validation_share, "test": args.test_share}
     for split, names in files.items():
         if names:
-            splits[split], _ = load_conversations(names)
+            splits[split], held_out[split] = load_conversations(names)
             shares[split] = 0
     wanted = {name: share for name, share in shares.items() if share or name == "validation"}
     if args.validation_files:
         del wanted["validation"]
-    train, *held_out = split_rows(train, *wanted.values())
-    splits |= {"train": train} | dict(zip(wanted, held_out, strict=True))
+    train, *cut = split_rows(train, *wanted.values())
+    splits |= {"train": train} | dict(zip(wanted, cut, strict=True))
+    seen = {get_first_user(row) for row in train}
     max_length = training_args.max_length
     for split in ("validation", "test"):
         if splits[split]:
-            splits[split], _ = render(splits[split], tokenizer, max_length)
+            overlap = sum(get_first_user(row) in seen for row in splits[split])
+            splits[split], kept = render(splits[split], tokenizer, max_length)
+            held_out[split].add_rendered(kept)
+            describe_held_out(split, held_out[split], overlap)
     splits["train"], rendered = render(splits["train"], tokenizer, max_length)
     if stages.is_main_process():
         sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
@@ -173,6 +184,16 @@ def load_data(args: SFTArguments, tokenizer, training_args: SFTConfig):
         print(indent(mark_trained(splits["train"][0], tokenizer), " " * 9), flush=True)
     summary.add_rendered(rendered)
     return splits, summary
+
+
+def describe_held_out(split: str, summary: DataSummary, overlap: int) -> None:
+    """Say what was dropped of held-out rows, and how many have a prompt that is trained on."""
+    if not stages.is_main_process():
+        return
+    for reason, sources in summary.dropped.items():
+        print(f"dropped  {len(sources):,} x {split}: {reason} (first: {sources[0]})")
+    if overlap:
+        print(f"seen     {overlap:,} {split} rows have a prompt that is trained on, too")
 
 
 def save_chat_model(trainer, tokenizer, base) -> dict[str, Any]:

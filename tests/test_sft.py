@@ -1,6 +1,7 @@
 """SFT: what is trained, how LoRA is merged, how answers are generated and measured."""
 
 import importlib.util
+import json
 from argparse import Namespace
 
 import pytest
@@ -23,7 +24,7 @@ from sft.model import (
     set_stop_tokens,
 )
 from sft.rendering import encode_prompt, render
-from sft.train import load_chat_tokenizer
+from sft.train import SFTArguments, load_chat_tokenizer, load_data
 
 ROWS = [
     {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
@@ -68,6 +69,22 @@ def test_labels_are_the_assistants_tokens_and_their_end(base_dir, chat_tokenizer
     batch = next(iter(trainer.get_train_dataloader()))
     trained = [chat_tokenizer.decode(row[row != -100]) for row in batch["labels"]]
     assert set(trained) <= {"I am LadderLM.<|im_end|>", "我是天梯。<|im_end|>", "42<|im_end|>"}
+
+
+def test_what_is_held_out_and_dropped_is_said(chat_tokenizer, tmp_path, capsys):
+    long = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "42 " * 90}]
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    rows = [*ROWS[:1], {"messages": long}]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = SFTConfig(
+        output_dir=str(tmp_path), max_length=64, use_cpu=True, bf16=False, report_to=[]
+    )
+    splits, _ = load_data(SFTArguments([str(train)], [str(held_out)]), chat_tokenizer, settings)
+    said = capsys.readouterr().out
+    assert len(splits["validation"]) == 1
+    assert "dropped  1 x validation: longer than max_length=64 tokens (first: row 2" in said
+    assert "seen     1 validation rows have a prompt that is trained on, too" in said
 
 
 def test_full_finetuning_learns_to_answer_and_to_stop(base_dir, chat_tokenizer, tmp_path):
