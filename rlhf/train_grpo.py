@@ -133,11 +133,6 @@ def check_settings(args: GRPOArguments, training_args: GRPOConfig) -> None:
         )
     if training_args.max_steps == 0:
         raise ValueError("max_steps=0 trains nothing; leave it out to go by num_train_epochs")
-    if "verifier" not in args.reward_funcs and (args.kinds or args.max_level is not None):
-        raise ValueError(
-            f"kinds={args.kinds} and max_level={args.max_level} choose among tasks, and without "
-            "`reward_funcs: verifier` the rows are read as prompts: leave them out"
-        )
     weights, names = training_args.reward_weights, args.reward_funcs
     if weights and len(weights) != len(names):
         raise ValueError(f"reward_weights={weights}: give one to each of reward_funcs={names}")
@@ -155,11 +150,9 @@ def count_positions_of_reference(trainer: GRPOTrainer) -> None:
 
 def load_data(args: GRPOArguments, tokenizer, max_prompt_length: int):
     """Tasks where a verifier pays, plain prompts where none does; and the summary."""
-    if "verifier" not in args.reward_funcs:
-        rows, summary = load_prompts(args.data_files)
-    else:
-        rows, summary = load_tasks(args.data_files)
-        rows = choose_tasks(rows, args.kinds, args.max_level, summary)
+    load = load_tasks if "verifier" in args.reward_funcs else load_prompts
+    rows, summary = load(args.data_files)
+    rows = choose_tasks(rows, args.kinds, args.max_level, summary)
     rows = fit_prompts(rows, tokenizer, max_prompt_length, summary)
     if stages.is_main_process():
         print(summary, LEGEND, sep="\n")
@@ -167,17 +160,21 @@ def load_data(args: GRPOArguments, tokenizer, max_prompt_length: int):
 
 
 def choose_tasks(rows: list[dict], kinds: list[str], max_level: int | None, summary) -> list[dict]:
-    """The tasks of some kinds and up to some level; the others are counted in `summary`."""
-    unknown = set(kinds) - {row["kind"] for row in rows}
+    """The rows of some kinds and up to some level; the others are counted in `summary`.
+
+    A prompt that is no task has no kind, and is of level 1, where its row does not say it.
+    """
+    known = sorted({str(row.get("kind", "")) for row in rows})
+    unknown = set(kinds) - set(known)
     if unknown:
-        known = sorted({row["kind"] for row in rows})
         raise ValueError(f"no task is of kind {sorted(unknown)}; there are {known}")
     kept = []
     for row in rows:
-        if kinds and row["kind"] not in kinds:
-            summary.drop(f"kind not in {kinds}", row["kind"])
-        elif max_level is not None and row["level"] > max_level:
-            summary.drop(f"level above max_level={max_level}", row["kind"])
+        kind = str(row.get("kind", ""))
+        if kinds and kind not in kinds:
+            summary.drop(f"kind not in {kinds}", kind)
+        elif max_level is not None and int(row.get("level", 1)) > max_level:
+            summary.drop(f"level above max_level={max_level}", kind)
         else:
             kept.append(row)
     return kept

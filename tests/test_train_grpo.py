@@ -1,5 +1,7 @@
 """Which tasks GRPO trains on, in which order, that reward and metric are one, and the probe."""
 
+import json
+
 import pytest
 import torch
 from trl import GRPOConfig
@@ -12,6 +14,7 @@ from rlhf.train_grpo import (
     check_settings,
     choose_tasks,
     lay_out_run,
+    load_data,
     order_prompts,
 )
 from sft.data import DataSummary
@@ -36,6 +39,17 @@ def test_tasks_are_chosen_by_kind_and_level_and_the_rest_is_counted():
     dropped = {reason: len(sources) for reason, sources in summary.dropped.items()}
     assert dropped == {"kind not in ['logic']": 2, "level above max_level=1": 1}
     assert choose_tasks(TASKS, [], None, DataSummary()) == TASKS
+
+
+@pytest.mark.parametrize("pays", ["verifier", "answer_format"])
+def test_tasks_are_chosen_whoever_pays(base_dir, tmp_path, pays):
+    path = tmp_path / "tasks.jsonl"
+    rows = [task | {"prompt": f"{n}?", "answer": "1"} for n, task in enumerate(TASKS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    args = GRPOArguments([str(path)], [pays], kinds=["sum"], max_level=2)
+    chosen, summary = load_data(args, load_chat_tokenizer(base_dir), 60)
+    assert [row["prompt"][0]["content"] for row in chosen] == ["0?"]
+    assert sum(map(len, summary.dropped.values())) == 3
 
 
 def test_unknown_kind_names_the_known_ones():
@@ -91,13 +105,11 @@ def test_the_whole_run_is_laid_out(tmp_path):
     [
         ({}, {"temperature": 0.0}, "learns from their differences"),
         ({}, {"max_steps": 0}, "max_steps=0 trains nothing"),
-        ({"reward_funcs": ["answer_format"], "max_level": 1}, {}, "max_level=1 choose among tasks"),
-        ({"reward_funcs": ["a/b"], "kinds": ["sum"]}, {}, "kinds=.'sum'. and"),
         ({}, {"reward_weights": [1.0, 2.0]}, "give one to each of reward_funcs=.'verifier'"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(tmp_path, own, settings, message):
-    check_settings(GRPOArguments(max_level=1, kinds=["sum"]), make_args(tmp_path))
+    check_settings(GRPOArguments(), make_args(tmp_path))
     with pytest.raises(ValueError, match=message):
         check_settings(GRPOArguments(**own), make_args(tmp_path, **settings))
 
