@@ -72,6 +72,8 @@ def check_quantisation(model_args: ModelConfig) -> None:
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name) and not model_args.use_peft:
             raise ValueError(f"{name} needs use_peft: true; such weights cannot be trained")
+    if model_args.load_in_4bit and model_args.dtype == "auto":
+        raise ValueError("load_in_4bit with dtype: auto: name what is computed in, as float32")
 
 
 def require_generator(directory: str | Path, architectures: list[str] | None) -> None:

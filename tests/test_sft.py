@@ -157,6 +157,9 @@ def test_what_would_be_ignored_is_refused(base_dir, chat_tokenizer, tmp_path):
         load_model(eight, chat_tokenizer)
     auto = ModelConfig(model_name_or_path=str(base_dir), dtype="auto")
     assert load_model(auto, chat_tokenizer).dtype == torch.float32
+    auto.load_in_4bit = auto.use_peft = True
+    with pytest.raises(ValueError, match="name what is computed in"):
+        load_model(auto, chat_tokenizer)
 
 
 def test_an_evaluation_does_not_change_the_training_of_a_4_bit_model(
