@@ -131,6 +131,8 @@ def check_settings(args: GRPOArguments, training_args: GRPOConfig) -> None:
             f"temperature={training_args.temperature} gives every answer to a prompt the same "
             "words, and so the same reward: GRPO learns from their differences. 1.0 is usual"
         )
+    if training_args.beta < 0:
+        raise ValueError(f"beta={training_args.beta} pays for distance to the reference: 0 or more")
     if training_args.max_steps == 0:
         raise ValueError("max_steps=0 trains nothing; leave it out to go by num_train_epochs")
     weights, names = training_args.reward_weights, args.reward_funcs

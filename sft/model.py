@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, TaskType
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -164,6 +164,7 @@ def make_lora_config(
     config = read_lora_config(model_args)
     if config is None:
         return None
+    config.task_type = TaskType.CAUSAL_LM  # whatever lora_task_type says: the stage knows its model
     config.trainable_token_indices = find_chat_tokens(tokenizer) or None
     named = {*(config.modules_to_save or []), *(model_args.lora_target_modules or [])}
     if config.trainable_token_indices and (named := ", ".join(sorted(EMBEDDINGS & named))):

@@ -134,6 +134,8 @@ def test_a_lora_is_what_the_recipe_says(base_dir, chat_tokenizer):
         model_args = ModelConfig(**given)
         model_args.lora_target_modules = asked  # as stages.parse_args leaves it
         assert make_lora_config(model_args, chat_tokenizer).target_modules == expected
+    other = ModelConfig(**given, lora_task_type="SEQ_CLS")  # the adapter would load as a classifier
+    assert make_lora_config(other, chat_tokenizer).task_type == "CAUSAL_LM"
     head = ["c_attn", "lm_head"]
     for change in ({"lora_modules_to_save": head}, {"lora_target_modules": head}):
         with pytest.raises(ValueError, match="has lm_head: of it the chat tokens' rows are"):

@@ -105,6 +105,7 @@ def test_the_whole_run_is_laid_out(tmp_path):
     [
         ({}, {"temperature": 0.0}, "learns from their differences"),
         ({}, {"max_steps": 0}, "max_steps=0 trains nothing"),
+        ({}, {"beta": -0.1}, "beta=-0.1 pays for distance"),
         ({}, {"reward_weights": [1.0, 2.0]}, "give one to each of reward_funcs=.'verifier'"),
     ],
 )
