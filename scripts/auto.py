@@ -19,11 +19,13 @@ import yaml
 
 import stages
 
-# Of configs/tiny on 2 cores at REFERENCE_PEAK (matrix products, FLOP/s), from its run.json files:
-# seconds of pretraining and of all other stages, and the bytes that each took at its peak.
+# Of configs/tiny, from the run.json files of two machines with 2 cores: at REFERENCE_PEAK (matrix
+# products, FLOP/s, in bf16) 295 s of pretraining and 325 s of all other stages, at 0.33 of it (in
+# fp32) 710 s and 582 s. So: what faster products would not shorten, what they take at the peak.
 REFERENCE_PEAK = 1.0e12
-PRETRAINING_S = 295
-OTHER_STAGES_S = 325
+PRETRAINING_S = (91, 204)
+OTHER_STAGES_S = (198, 127)
+# The bytes that each stage took at its peak.
 PEAKS = {"sft": 3.29e9, "reward": 2.59e9, "dpo": 2.73e9, "ppo": 3.46e9, "grpo": 4.92e9}
 LIBRARIES = 0.8e9  # of a peak: stays whatever the batch is
 SHARE = 0.6  # of the memory, at most; and of what is free all but KEPT_FREE
@@ -101,8 +103,10 @@ def choose(machine: Machine, minutes: float, network: bool = False) -> Choice:
     if not 0 < minutes < math.inf:
         raise ValueError(f"minutes is {minutes}: give a positive number")
     ceiling = max(min(SHARE * machine.memory, machine.free - KEPT_FREE), KEPT_FREE)
-    slower = min(max(REFERENCE_PEAK / machine.peak, 0.3), 8)
-    others, whole = OTHER_STAGES_S / 60 * slower, PRETRAINING_S / 60 * slower
+    whole, others = (
+        (fixed + products * REFERENCE_PEAK / machine.peak) / 60
+        for fixed, products in (PRETRAINING_S, OTHER_STAGES_S)
+    )
     reasons = [
         f"machine: {machine.cores} cores, {machine.memory / 1e9:.1f} GB of memory "
         f"({machine.free / 1e9:.1f} free), {machine.device}, {machine.dtype} at "

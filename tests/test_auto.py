@@ -24,10 +24,19 @@ def test_a_laptop_gets_tiny_and_the_rest_of_the_time_for_pretraining(auto):
     assert "about 10 of 20 minutes" in ample.reasons[-1]
 
 
+def test_a_machine_without_bf16_gets_what_it_took_on_one(auto):
+    choice = auto.choose(machine(auto, peak=0.33e12, dtype="fp32"), 30)
+    assert choice.settings == [], "710 s of pretraining, 582 s of the rest"
+    assert "about 22 of 30 minutes" in choice.reasons[-1]
+    assert auto.choose(machine(auto, peak=0.33e12, dtype="fp32"), 15).settings == [
+        "pretrain.minutes=5.3"
+    ]
+
+
 def test_no_time_or_a_slow_machine_gets_smoke_with_the_reason(auto):
     assert auto.choose(machine(auto), 5).recipe == "smoke"
     choice = auto.choose(machine(auto, peak=0.1e12, dtype="fp32"), 25)
-    assert choice.recipe == "smoke" and "alone take about 43 of 25 minutes" in choice.reasons[-1]
+    assert choice.recipe == "smoke" and "alone take about 24 of 25 minutes" in choice.reasons[-1]
     for minutes in (0, float("nan")):
         with pytest.raises(ValueError, match=f"minutes is {minutes}"):
             auto.choose(machine(auto), minutes)
