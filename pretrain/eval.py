@@ -324,7 +324,7 @@ def main(directory: str, files: list[str]) -> None:
 
     from tokenizer.corpus import read_documents
 
-    stages.require_input(directory, "config.json", "tokenizer.json")
+    stages.require_input(directory, "config.json")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(directory)

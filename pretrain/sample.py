@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     """Print continuations."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    stages.require_input(args.directory, "config.json", "tokenizer.json")
+    stages.require_input(args.directory, "config.json")
     model = AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.directory)
     for prompt in [args.prompt] if args.prompt is not None else SAMPLE_PROMPTS:

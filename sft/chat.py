@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    stages.require_input(args.directory, "config.json", "tokenizer.json")
+    stages.require_input(args.directory, "config.json")
     model, tokenizer = load_for_generation(args.directory)
     if tokenizer.chat_template is None:
         raise ValueError(
